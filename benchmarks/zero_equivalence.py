@@ -4,9 +4,9 @@
 
 Prints one line a case and ends with `ratio <worst error / its tolerance>`; exits with 1 when a tolerance is missed.
 Float32, 1 and 2 ranks (gloo processes), 1 and 4 micro-batches a rank, SGD and AdamW (eps 1e-5), weight decay, active
-clipping; then, with SGD and 4 micro-batches, the losses of three algorithms: a clipped ratio (PPO), a ratio of whole
-sequences (GSPO), and pairs that are never split (DPO). The reference is the torch engine on one rank with all rows in
-one micro-batch.
+clipping; then, with SGD and 4 micro-batches on 2 ranks, the losses of four algorithms: a clipped ratio (PPO), a ratio
+of whole sequences (GSPO), pairs that are never split (DPO), and the whole vocabulary (GKD). The reference is the torch
+engine on one rank with all rows in one micro-batch.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from algorithms.distilling import TEACHER_VOCABULARY, DivergenceLoss
 from algorithms.functional.preference_losses import PairSettings
 from algorithms.losses import PolicyLoss
 from algorithms.objectives import ClippedRatio, SequenceRatio
@@ -78,6 +79,7 @@ LOSSES: dict[str, Loss] = {
     "ppo": PolicyLoss(1.0, ClippedRatio(0.2, 0.28)),
     "gspo": PolicyLoss(1.0, SequenceRatio(3e-2, 4e-2)),
     "dpo": PreferenceLoss("sigmoid", PairSettings(beta=0.5)),
+    "gkd": DivergenceLoss(1.0, 0.5, listed=False),
 }
 
 
@@ -97,6 +99,7 @@ def rows() -> Batch:
             "advantages": Ragged(torch.randn(total, generator=generator), lengths),
             **{name: Ragged(_near_uniform(total, generator), lengths) for name in ("old_logprobs", "ref_logprobs")},
             "rollout_logprobs": Ragged(_near_uniform(total, generator), lengths),
+            TEACHER_VOCABULARY: Ragged(torch.randn(total, 82, generator=generator).log_softmax(-1), lengths),
             "atom": torch.arange(NUM_ROWS) // 2,
             "chosen": torch.arange(NUM_ROWS) % 2 == 0,
         }
@@ -153,12 +156,12 @@ def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     return max(float((found[name] - expected[name]).abs().max()) for name in expected) / largest
 
 
-def cases(stages: list[int]) -> Iterator[tuple[int, int, str, str]]:
+def cases(stages: list[int], num_ranks: int) -> Iterator[tuple[int, int, str, str]]:
     for stage in stages:
         for accumulation in (1, 4):
             for optimizer in OPTIMIZERS:
                 yield stage, accumulation, optimizer, "token"
-        for loss in ("ppo", "gspo", "dpo"):
+        for loss in ("ppo", "gspo", "dpo", "gkd") if num_ranks > 1 else ():
             yield stage, 4, "sgd", loss
 
 
@@ -169,13 +172,13 @@ def run_rank(rank: int, num_ranks: int, port: int, folder: Path, stages: list[in
     model, everything = folder / "model", rows()
     shard = everything.take(shard_rows(num_ranks)[rank])
     references = {}
-    for optimizer, loss in dict.fromkeys((optimizer, loss) for _, _, optimizer, loss in cases(stages)):
+    for optimizer, loss in dict.fromkeys((optimizer, loss) for _, _, optimizer, loss in cases(stages, num_ranks)):
         alone = build_engine(
             model, settings("torch", optimizer, 10_000), Coordinates(0, Shape()), kind="causal_lm", trainable=True
         )
         references[optimizer, loss] = trajectory(alone, everything, LOSSES[loss])
     records = []
-    for stage, accumulation, optimizer, loss in cases(stages):
+    for stage, accumulation, optimizer, loss in cases(stages, num_ranks):
         configured = settings("deepspeed", optimizer, budget(num_ranks, accumulation, LOSSES[loss]), stage)
         engine = build_engine(
             model, configured, Coordinates(rank, Shape(data=num_ranks)), kind="causal_lm", trainable=True

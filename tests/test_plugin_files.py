@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hybridflow import plugin_files
+from hybridflow.config.load import load
 from hybridflow.config.locate import import_name, name_of
 from hybridflow.errors import ConfigError
 from hybridflow.rewards.functions import load_function
@@ -75,6 +76,15 @@ def test_what_a_person_sees(name: str, text: str) -> None:
     assert not [
         module for module in sys.modules if module.startswith(("hybridflow_plugin_raises", "hybridflow_plugin_o"))
     ]
+
+
+def test_a_worker_of_ones_own_is_looked_for_with_the_configuration() -> None:
+    """By path it is looked for, not imported: it may bring a whole engine."""
+    given = ["algorithm=ppo", "runtime=local", "engine=torch", "rollout=hf", "placement=single"]
+    with pytest.raises(ConfigError, match=r"workers\.critic: found 'nowhere\.py:Mine'; there is no such file \(from "):
+        load([*given, "workers.critic=nowhere.py:Mine"])
+    write("in.py", 4)
+    assert load([*given, "workers.critic=in.py:Mine"]).worker("critic") == "in.py:Mine"
 
 
 def test_another_process_makes_the_module_from_its_text(tmp_path: Path) -> None:

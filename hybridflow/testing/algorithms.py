@@ -46,8 +46,8 @@ def check_algorithm(
     subject = _subject(algorithm, config, workers)
     found = World(subject, Split()).run(2)
     _require_sound(found, subject.name)
-    _check_partition(subject)
-    _check_order(subject)
+    _check_partition(subject, found)
+    _check_order(subject, found)
     _check_junk(subject)
     _check_state(subject, found)
 
@@ -63,7 +63,8 @@ def check_partition(
     Of a loss, on made-up rows (columns: see `check_loss`); of an algorithm, of every optimizer step of its first step.
     """
     if isinstance(target, type | RunConfig):
-        _check_partition(_subject(target, config, workers))
+        subject = _subject(target, config, workers)
+        _check_partition(subject, World(subject, Split()).run(1))
         return
     data = made_up(target, rows, 12, tiny.VOCABULARY, columns, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -104,21 +105,22 @@ def _says(name: str, split: Split) -> str:
     )
 
 
-def _check_partition(subject: Subject) -> None:
-    expected = World(subject, Split()).run(1)
+def _check_partition(subject: Subject, expected: Trace) -> None:
+    """Of the first step."""
     for ranks, size in product(RANKS, ROWS):
         split = Split(ranks, size)
-        _require_gradients(World(subject, split).run(1), expected, _says(subject.name, split))
+        _require_gradients(World(subject, split).run(1), expected.first(1), _says(subject.name, split))
 
 
-def _check_order(subject: Subject) -> None:
+def _check_order(subject: Subject, expected: Trace) -> None:
     if getattr(subject.config, "mini_batches", 1) > 1:
         config = subject.config.model_copy(update={"mini_batches": 1})
         subject = Subject(subject.algorithm, config, subject.workers)
-    expected = World(subject, Split()).run(1)
+        expected = World(subject, Split()).run(1)
     for order in ORDERS:
         found = World(subject, Split(), order).run(1)
-        _require_gradients(found, expected, f"{subject.name}: the gradient depends on the order of groups and rows")
+        text = f"{subject.name}: the gradient depends on the order of groups and rows"
+        _require_gradients(found, expected.first(1), text)
 
 
 def _check_junk(subject: Subject) -> None:

@@ -11,7 +11,7 @@ from hybridflow import columns as registry
 from hybridflow.loss import Loss
 from hybridflow.testing.violation import ContractViolation
 
-JUNK = {"NaN": math.nan, "inf": math.inf, "-inf": -math.inf, "random": None}
+JUNK = {"NaN": math.nan, "inf": math.inf, "random": None}
 """What may stand at masked slots, by name; None is another number in each."""
 
 Maker = Callable[[Tensor, torch.Generator], Tensor]

@@ -60,6 +60,9 @@ class Trace:
     metrics: list[Metrics] = field(default_factory=list)
     updates: list[list[OptimizerStep]] = field(default_factory=list)
 
+    def first(self, steps: int) -> "Trace":
+        return Trace(self.metrics[:steps], self.updates[:steps])
+
 
 class Unsynced:
     """In the place of the policy's engines: there are none."""

@@ -6,7 +6,6 @@ KL coefficient of 0.1 the token rewards are -0.05, 0.1, 1 and 0, -0.1. With gamm
   delta  0.15 -0.2  0.9 | -0.2 -0.4      A  0.275 0.25 0.9 | -0.4 -0.4      R  0.475 0.65 1 | 0.1 -0.1
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from scripted_roles import CONTEXT, Scripted, samples
 from algorithms.losses import PolicyLoss, ValueLoss
 from algorithms.objectives import ClippedRatio
 from algorithms.ppo import PPO
-from algorithms.token_advantages import whitened
+from algorithms.token_advantages import Moments, whitened
 from hybridflow.batch import Batch
 
 MASKS = [[1, 1, 1], [1, 0, 0, 1]]
@@ -162,10 +161,13 @@ def test_combinations_that_make_no_sense(fields: dict[str, Any], found: str) -> 
 
 
 def test_whitening_survives_a_variance_that_rounds_below_zero(run: Scripted) -> None:
-    """300 numbers of which one is the next float32: the sum of squares minus n times the squared mean is -0.03."""
-    same = [[844577.4375] * 150 for _ in range(2)]
-    same[0][0] = 844577.5
-    made = samples([0.0, 0.0], [0, 1], [[1] * 150] * 2, given={"advantages": same})
+    """400 numbers of which one is the next float32: their sum of squares comes out 0.06 below n times the squared
+    mean, so that its root would not be real."""
+    same = [[975927.0625] * 200 for _ in range(2)]
+    same[0][0] = 975927.125
+    made = samples([0.0, 0.0], [0, 1], [[1] * 200] * 2, given={"advantages": same})
+    sums = run.roles.critic.reduce(Moments("advantages"), run.put(made)).result()
+    assert sums["sum_sq"] - sums["sum"] ** 2 / sums["count"] < -0.01, "the example has lost its point"
     rows = whitened(run.put(made), run.roles.critic)
-    assert run.fetch(rows, "advantages").ragged("advantages").flat.dtype == torch.float32
-    assert all(math.isfinite(value) for row in run.token_rows(rows, "advantages") for value in row)
+    found = run.fetch(rows, "advantages").ragged("advantages").flat
+    assert found.dtype == torch.float32 and found.isfinite().all()
