@@ -13,7 +13,6 @@ from pydantic import Field
 from algorithms.distilling import TEACHER_LOGPROBS, TeacherAdvantages
 from algorithms.policy import OnlinePolicy, RatioSettings
 from algorithms.token_advantages import Moments
-from algorithms.weighting import optimizer_steps
 from hybridflow.algorithm import joined
 from hybridflow.batch_ref import BatchRef
 from hybridflow.metrics import Metric, Metrics
@@ -41,6 +40,5 @@ class OnPolicyDistillation(OnlinePolicy):
 
     def update(self, experience: BatchRef, roles: Roles, step: int) -> Metrics:
         sums = roles.actor.reduce(Moments("advantages"), experience).result()
-        loss = self.config.loss(self.context.temperature)
-        metrics = optimizer_steps(experience, roles.actor, loss, self.config, self.context, step)
-        return metrics | {"distillation/reverse_kl": Metric(-sums["sum"], max(sums["count"], 1.0))}
+        divergence = Metric(-sums["sum"], max(sums["count"], 1.0))
+        return super().update(experience, roles, step) | {"distillation/reverse_kl": divergence}

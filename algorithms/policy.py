@@ -152,6 +152,11 @@ class OnlinePolicy(Algorithm):
         self.rejected = Metric(float((~kept).sum()), len(kept))
         return judged.take(np.flatnonzero(kept))
 
+    def update(self, experience: BatchRef, roles: Roles, step: int) -> Metrics:
+        loss = self.config.loss(self.context.temperature)
+        steps = optimizer_steps(experience, roles.actor, loss, self.config, self.context, step)
+        return steps | self.batch_metrics(experience, roles)
+
     def batch_metrics(self, experience: BatchRef, roles: Roles) -> Metrics:
         """What is said of a batch of experience once its optimizer steps are taken."""
         return {"correction/rejected_share": self.rejected} if self.config.rejection else {}
@@ -182,11 +187,6 @@ class PolicyGradient(OnlinePolicy):
         if self.group_baseline:
             rows = rows.take(np.flatnonzero(advantages.has_mates(group_ids(rows)).numpy()))
         return rows.with_scalars(advantages=self.advantages(self.rewards(rows), rows).numpy())
-
-    def update(self, experience: BatchRef, roles: Roles, step: int) -> Metrics:
-        loss = self.config.loss(self.context.temperature)
-        steps = optimizer_steps(experience, roles.actor, loss, self.config, self.context, step)
-        return steps | self.batch_metrics(experience, roles)
 
     def batch_metrics(self, experience: BatchRef, roles: Roles) -> Metrics:
         groups = group_metrics(experience) if self.group_baseline else {}

@@ -7,10 +7,8 @@ from pydantic import Field
 
 from algorithms.policy import ClipSettings, OnlinePolicy
 from algorithms.token_advantages import KLPenalty, ReturnsToGo, whitened
-from algorithms.weighting import optimizer_steps
 from hybridflow.algorithm import joined
 from hybridflow.batch_ref import BatchRef
-from hybridflow.metrics import Metrics
 from hybridflow.roles import Roles
 
 
@@ -28,8 +26,3 @@ class ReinforcePP(OnlinePolicy):
         rows = self.with_logprobs(rollouts, roles)
         returns = ReturnsToGo(self.config.gamma, KLPenalty(self.config.kl_reward_coef, self.config.sampled_column))
         return whitened(joined(rows, roles.actor.compute(returns, rows)), roles.actor)
-
-    def update(self, experience: BatchRef, roles: Roles, step: int) -> Metrics:
-        return optimizer_steps(
-            experience, roles.actor, self.config.loss(self.context.temperature), self.config, self.context, step
-        )

@@ -4,9 +4,9 @@
 
 Per seed a random model is warm-started by supervised training until it gets 35 % right (the step at which addition
 sets in differs by hundreds between seeds); every algorithm trains from that same start. Online algorithms are judged by
-held-out exact match; a control is GRPO with another reward, judged the same; offline algorithms by their own held-out
-measure on arithmetic rows. Each run is a process with `runtime=local engine=torch rollout=hf` and one thread. What an
-earlier call finished in --folder is not repeated.
+held-out exact match; a control is GRPO with another reward, judged the same; offline policies by how many held-out
+pairs they rank right, and reward models by their own held-out measure. Each run is a process with
+`runtime=local engine=torch rollout=hf` and one thread. What an earlier call finished in --folder is not repeated.
 Prints a table in Markdown; the last line is the smallest gain over its bar; exits 1 when a bar is missed: GRPO and PPO
 gain 30 points and end at 70 % or more, the other online algorithms gain 10 points; chance never gains more than 3
 points, and the inverted reward ends below its start. Plot: benchmarks/learning_plot.py.
@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from learning_cases import CONTROLS, OFFLINE, ONLINE, Case
-from learning_runs import Points, control_curve, curve, warm_start, warmed
+from learning_runs import Points, control_curve, curve, preference_curve, warm_start, warmed
 
 MIN_FINAL = 0.70
 MOST_BY_CHANCE = 0.03
@@ -70,7 +70,7 @@ def main() -> int:
         warm_start(folder / f"sft-{options.warm_start}", options.warm_start)
         return 0
     families: dict[str, tuple[tuple[Case, ...], Callable[..., Points]]] = {
-        "Online": (ONLINE, curve), "Controls": (CONTROLS, control_curve), "Offline": (OFFLINE, curve)
+        "Online": (ONLINE, curve), "Controls": (CONTROLS, control_curve), "Offline": (OFFLINE, preference_curve)
     }  # fmt: skip
     with ThreadPoolExecutor(options.runs) as pool:
         list(pool.map(partial(warmed, folder), [s for s in options.seeds if not (folder / f"sft-{s}.done").exists()]))

@@ -59,6 +59,27 @@ def accuracy(model_folder: Path, rows: list[dict[str, str]]) -> float:
     return sum(answer.strip() == row["answer"] for answer, row in zip(answers, rows, strict=True)) / len(rows)
 
 
+def ranking(model_folder: Path, pairs: list[dict[str, str]]) -> float:
+    """Share of pairs whose right answer is likelier than the wrong one, by a Hugging Face forward pass alone."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="right")
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    sums = []
+    for kind in ("chosen", "rejected"):
+        starts_B = torch.tensor([len(tokenizer(pair["prompt"]).input_ids) for pair in pairs])
+        texts = [f"{pair['prompt']}{pair[kind]}{tokenizer.eos_token}" for pair in pairs]
+        rows = tokenizer(texts, return_tensors="pt", padding=True)
+        with torch.no_grad():
+            logprobs_BTV = model(**rows).logits[:, :-1].double().log_softmax(-1)
+        found_BT = logprobs_BTV.gather(-1, rows["input_ids"][:, 1:, None])[..., 0]
+        place_T = torch.arange(1, rows["input_ids"].shape[1])
+        counted_BT = (place_T >= starts_B[:, None]) & (place_T < rows["attention_mask"].sum(1)[:, None])
+        sums.append((found_BT * counted_BT).sum(1))
+    return float((sums[0] > sums[1]).double().mean())
+
+
 def warmed(folder: Path, seed: int) -> None:
     """`warm_start` in a process of its own."""
     command = [sys.executable, str(Path(__file__).with_name("learning.py")), "--warm-start", str(seed)]
@@ -94,6 +115,20 @@ def curve(folder: Path, case: Case, seed: int) -> Points:
         given += [f"actor.engine.schedule.total_steps={case.schedule}"] if case.schedule else []
         lines = train(own, *given, "trainer.validation_prompts=500", "resume=never", "overwrite=true")
     return [(line["step"], line["metrics"][metric]) for line in lines if metric in line["metrics"]]
+
+
+def preference_curve(folder: Path, case: Case, seed: int) -> Points:
+    """One offline run: of a policy the `ranking` before and after, of a reward model its own held-out measure."""
+    from hybridflow.data.arithmetic import generate
+    from hybridflow.data.settings import ArithmeticSettings
+
+    points = curve(folder, case, seed)
+    if case.metric != "val/preference_accuracy" or case.name == "reward_model":
+        return points
+    _, file = generate(ArithmeticSettings(seed=1), folder / f"pairs-{seed}", "pairs")
+    pairs = [json.loads(line) for line in file.read_text().splitlines()[:500]]
+    models = folder / f"sft-{seed}" / "model", folder / f"{case.name}-{seed}" / "model"
+    return [(step, ranking(model, pairs)) for step, model in zip((0, case.steps), models, strict=True)]
 
 
 def control_curve(folder: Path, case: Case, seed: int) -> Points:

@@ -12,6 +12,7 @@ import numpy as np
 from hybridflow.batch_ref import BatchRef
 from hybridflow.controller.futures import Future
 from hybridflow.data.settings import RowKind
+from hybridflow.errors import RewardError
 from hybridflow.metrics import Metrics
 from hybridflow.roles import Roles
 from hybridflow.settings import Settings
@@ -153,10 +154,11 @@ def joined(batch: BatchRef, *futures: Future[BatchRef]) -> BatchRef:
 
 def scored_by(rollouts: BatchRef, rewards: Future[BatchRef], **others: Future[BatchRef]) -> BatchRef:
     """`rollouts` with what the reward says and, under its own name (`costs=...`), the score of each other one. A row
-    that any of them declined, or failed on, is abstained, or failed; `failure` is the first one's."""
-    said = rewards.result()
+    that any of them declined, or failed on, is abstained, or failed; `failure` is the first one's. Raises RewardError
+    where a score is not finite: NaN compares as neither best nor worst, so filters would drop it without a word."""
+    said = _finite("rewards", rewards.result())
     for name, future in others.items():
-        other, failed = future.result(), said.scalar("failed").astype(bool)
+        other, failed = _finite(name, future.result()), said.scalar("failed").astype(bool)
         both = BatchRef.concat([said.select(["failure"]), other.select(["failure"])])
         said = said.union(both.take(np.arange(said.num_rows) + said.num_rows * ~failed)).with_scalars(
             abstained=said.scalar("abstained").astype(bool) | other.scalar("abstained").astype(bool),
@@ -164,6 +166,17 @@ def scored_by(rollouts: BatchRef, rewards: Future[BatchRef], **others: Future[Ba
             **{name: other.scalar("rewards")},
         )
     return rollouts.union(said)
+
+
+def _finite(name: str, said: BatchRef) -> BatchRef:
+    scores_B = said.scalar("rewards")
+    wrong = np.flatnonzero(~np.isfinite(scores_B) & ~said.scalar("abstained").astype(bool))
+    if len(wrong):
+        raise RewardError(
+            f"{name}: found {scores_B[wrong[0]]} for sample {wrong[0]} ({len(wrong)} of {len(scores_B)} samples); "
+            "expected finite numbers, or samples that are abstained. Look at the model or function that scores them"
+        )
+    return said
 
 
 def minibatches(batch: BatchRef, epochs: int, count: int, seed: int) -> Iterator[BatchRef]:

@@ -67,16 +67,25 @@ def _metrics(counts: dict[str, int]) -> Metrics:
     }
 
 
-def diagnosis(scored: BatchRef) -> str:
-    """Why no group may have been taken, from the scores of all that were sampled."""
+def diagnosis(taken: Intake) -> str:
+    """Why a step may have nothing to learn from: of the rows that were taken, or from the scores of all samples."""
+    scored = taken.scored
     if not scored.num_rows:
-        return "no prompt was sampled: the algorithm skipped them all"
+        return "took no group: no prompt was sampled, the algorithm skipped them all"
+    if taken.rows.num_rows:
+        empty = int((taken.rows.scalar("response_length") == 0).sum())
+        return (
+            f"took {taken.rows.num_rows} samples and left none of them to learn from: "
+            f"{int(taken.rows.scalar('abstained').astype(bool).sum())} have no score, {empty} no response, the others "
+            "no sample of their prompt beside them, or `rejection` found them too far from the policy"
+        )
     groups = [group.scalar("rewards") for group in scored.group_by("group")]
     low, high = min(float(r.min()) for r in groups), max(float(r.max()) for r in groups)
     equal = [float(r[0]) for r in groups if float(r.min()) == float(r.max())]
     best = sum(value == high for value in equal) if high > low else 0
+    limited = float(scored.scalar("truncated").mean())
     return (
-        f"of {len(groups)} groups {len(equal)} had one score for all their samples, {best} of them the best seen "
-        f"({high:g}; the worst is {low:g}); {float(scored.scalar('truncated').mean()):.0%} of responses hit the length "
-        "limit. All worst: the task is too hard or the reward never fires; all best: it is solved"
+        f"took no group: of {len(groups)} groups {len(equal)} had one score for all their samples, {best} of them the "
+        f"best seen ({high:g}; the worst is {low:g}); {limited:.0%} of responses hit the length limit. All worst: the "
+        "task is too hard or the reward never fires; all best: it is solved"
     )

@@ -18,7 +18,7 @@ from hybridflow.metrics import Metrics
 from hybridflow.rewards.failures import check_share
 from hybridflow.roles import Roles
 from hybridflow.schedule.base import Source, StepResult
-from hybridflow.schedule.intake import collect, diagnosis
+from hybridflow.schedule.intake import Intake, collect, diagnosis
 from hybridflow.schedule.policy_sync import PolicySync
 from hybridflow.schedule.sample_metrics import failed, sample_metrics, validation_metrics
 from hybridflow.spans import span
@@ -55,27 +55,27 @@ class SyncSchedule:
         taken = collect(self.algorithm, self._draw, self._sample_and_score, self.settings.prompts_per_step)
         self._check_failures(taken.scored)
         metrics = taken.metrics | sample_metrics(taken.scored)
-        if taken.rows.num_rows:
+        with span("experience"):
+            experience = self.algorithm.experience(taken.rows, self.roles) if taken.rows.num_rows else taken.rows
+        if experience.num_rows:
             self.empty_steps = 0
-            metrics |= self._learn(taken.rows, step)
+            metrics |= self._learn(experience, step)
         else:
-            self._nothing_to_learn(taken.scored, step)
+            self._nothing_to_learn(taken, step)
         if not taken.scored.num_rows:  # the algorithm skipped every prompt
             return StepResult(metrics, None, 0)
         return StepResult(metrics, taken.scored, int(taken.scored.scalar("num_tokens").sum()))
 
-    def _learn(self, rollouts: BatchRef, step: int) -> Metrics:
-        with span("experience"):
-            experience = self.algorithm.experience(rollouts, self.roles)
+    def _learn(self, experience: BatchRef, step: int) -> Metrics:
         with span("update"):
             metrics = self.algorithm.update(experience, self.roles, step)
         with span("sync"):
             return metrics | self.policy.sync()
 
-    def _nothing_to_learn(self, scored: BatchRef, step: int) -> None:
+    def _nothing_to_learn(self, taken: Intake, step: int) -> None:
         """The step changes no weight. Says why, and stops the run when that goes on."""
         self.empty_steps += 1
-        found = f"step {step}: {type(self.algorithm).__name__} took no group: {diagnosis(scored)}"
+        found = f"step {step}: {type(self.algorithm).__name__} {diagnosis(taken)}"
         if self.empty_steps >= self.settings.max_empty_steps:
             raise HybridFlowError(
                 f"{found}. {self.empty_steps} steps in a row (schedule.max_empty_steps): the run stops. Loosen the "

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybridflow.algorithm import Algorithm, AlgorithmContext, Verdict, expand
+from hybridflow.algorithm import Algorithm, AlgorithmContext, Verdict, expand, scored_by
 from hybridflow.batch import Batch, Ragged
 from hybridflow.batch_ref import BatchRef
 from hybridflow.controller.local_runtime import LocalStore
@@ -146,7 +146,7 @@ def test_a_step_whose_prompts_are_all_skipped_says_so(caplog: pytest.LogCaptureF
     result = made.step(0)
     assert (result.samples, result.num_tokens, rollout.requests) == (None, 0, [])
     assert result.metrics["group/skipped_prompts"].value == 6
-    assert "no prompt was sampled: the algorithm skipped them all" in caplog.text
+    assert "took no group: no prompt was sampled, the algorithm skipped them all" in caplog.text
     with pytest.raises(HybridFlowError, match="2 steps in a row"):
         made.step(1)
 
@@ -161,6 +161,42 @@ def test_steps_without_a_group_are_diagnosed_and_then_stop_the_run(caplog: pytes
     resumed.empty_steps = made.empty_steps
     with pytest.raises(HybridFlowError, match=r"(?s)2 steps in a row \(schedule.max_empty_steps\): the run stops"):
         resumed.step(1)
+
+
+class Emptying(Two):
+    """Takes every group, and leaves no row of them."""
+
+    def experience(self, rollouts: BatchRef, roles: Roles) -> BatchRef:
+        return rollouts.take([])
+
+    def update(self, experience: BatchRef, roles: Roles, step: int) -> Metrics:
+        raise AssertionError("there is nothing to update on")
+
+
+def test_groups_that_leave_no_row_change_no_weight_and_then_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    made, _, _ = schedule(floor=0, kind=Emptying)
+    assert made.step(0).metrics["group/accepted"].value == 3
+    assert (made.policy.version, made.empty_steps) == (0, 1)
+    assert "Emptying took 6 samples and left none of them to learn from: 0 have no score, 0 no response" in caplog.text
+    with pytest.raises(HybridFlowError, match="2 steps in a row"):
+        made.step(1)
+
+
+def scores(rewards: list[float], abstained: list[bool]) -> Done:
+    answer = {"rewards": torch.tensor(rewards), "abstained": torch.tensor(abstained)}
+    return Done(BatchRef.put(Batch(answer | {"failed": torch.tensor(abstained), "failure": [""] * 2}), LocalStore()))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_named_unless_the_sample_was_declined(wrong: float) -> None:
+    rollouts = BatchRef(2, {}, {"sample": np.arange(2)})
+    bad, good = scores([1.0, wrong], [False, False]), scores([1.0, 0.5], [False, False])
+    with pytest.raises(RewardError, match=r"rewards: found (nan|inf) for sample 1 \(1 of 2 samples\); expected finite"):
+        scored_by(rollouts, bad)
+    with pytest.raises(RewardError, match="costs: found"):
+        scored_by(rollouts, good, costs=bad)
+    declined = scored_by(rollouts, scores([1.0, wrong], [False, True]), costs=good)
+    assert declined.scalar("abstained").tolist() == [False, True]
 
 
 def test_every_sample_has_a_seed_of_its_own_and_groups_are_atoms() -> None:
