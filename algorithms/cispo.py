@@ -1,16 +1,13 @@
 """CISPO (2506.13585): the clipped ratio is a weight without gradient, so no token loses its gradient to a clip."""
 
 from pydantic import Field
-from torch import Tensor
 
-from algorithms.functional import advantages
 from algorithms.functional.aggregation import Mode
 from algorithms.objectives import ClippedWeight, Objective
-from algorithms.policy import PolicyGradient, PolicySettings, group_ids
-from hybridflow.batch_ref import BatchRef
+from algorithms.policy import NormalisedGroups, PolicySettings
 
 
-class CISPO(PolicyGradient):
+class CISPO(NormalisedGroups):
     class Config(PolicySettings):
         """clip_low: 1 is no lower bound, as the paper runs it. clip_high: the paper tunes it and names no value; 4
         makes the bound 5, ScaleRL's."""
@@ -21,6 +18,3 @@ class CISPO(PolicyGradient):
 
         def objective(self) -> Objective:
             return ClippedWeight(self.clip_low, self.clip_high)
-
-    def advantages(self, rewards_B: Tensor, rows: BatchRef) -> Tensor:
-        return advantages.grpo(rewards_B, group_ids(rows))

@@ -1,10 +1,10 @@
 """Corrections for samples of another policy than the one updated: settings and values (`functional.corrections`)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from algorithms.functional import corrections
@@ -27,6 +27,14 @@ class CorrectionSettings(Settings):
     low: float = Field(0.5, gt=0)
     high: float = Field(5.0, gt=0)
 
+    @model_validator(mode="after")
+    def _reads_what_it_is_given(self) -> Self:
+        idle = self.changed("cap") if self.kind == "icepop" else self.changed("low", "high")
+        if idle:
+            reader = "cap" if self.kind != "icepop" else "low and high"
+            raise ValueError(f"{', '.join(idle)}: kind={self.kind} does not read it, but {reader}; remove it")
+        return self
+
     def factors(self, old_BT: Tensor, rollout_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, RatioStatistics]:
         if self.kind == "icepop":
             return corrections.icepop(old_BT, rollout_BT, mask_BT, self.low, self.high, self.level)
@@ -35,12 +43,11 @@ class CorrectionSettings(Settings):
 
 
 def correction_metrics(found: RatioStatistics) -> Metrics:
-    """effective_share: effective over actual number of samples, in the micro-batch's own proportion."""
     return {
         "correction/ratio_mean": Metric(found.ratio_sum, found.count),
         "correction/ratio_max": Metric(found.ratio_max, 1.0, "max"),
         "correction/cut_share": Metric(found.cut, found.count),
-        "correction/effective_share": Metric(found.effective_sample_size, found.count),
+        "correction/effective_samples": Metric(found.factor_sum, found.factor_sum_sq, "effective"),
     }
 
 
@@ -54,7 +61,8 @@ class RejectionSettings(Settings):
 
 @dataclass(frozen=True)
 class Rejection:
-    """Runs where the rows are: writes `kept`, one bool a row."""
+    """Runs where the rows are. Writes, one a row: `kept`, and `stale_ratio`, the geometric mean of old over rollout
+    probability."""
 
     settings: RejectionSettings
     old_column: str
@@ -68,4 +76,17 @@ class Rejection:
         old_BT, rollout_BT = batch.ragged(self.old_column).padded(), batch.ragged("rollout_logprobs").padded()
         wanted = self.settings
         kept_B, _ = corrections.reject(old_BT, rollout_BT, mask_BT, wanted.bound, wanted.estimator, wanted.over)
-        return Batch({"kept": kept_B.to(torch.bool)})
+        ratio_BT = corrections.ratios(old_BT, rollout_BT, mask_BT, "geometric")
+        ratio_B = ratio_BT.amax(1) if ratio_BT.shape[1] else ratio_BT.new_zeros(len(ratio_BT))
+        return Batch({"kept": kept_B.to(torch.bool), "stale_ratio": ratio_B.double()})
+
+
+def rejection_metrics(kept_B: Tensor, ratio_B: Tensor) -> Metrics:
+    """kept_B: bool. ratio_B: `stale_ratio` of the same rows. A row is kept whole or not at all, so the effective sample
+    size is the share that is kept."""
+    count = float(len(kept_B))
+    return {
+        "correction/rejected_share": Metric(float((~kept_B).sum()), count),
+        "correction/row_ratio_mean": Metric(float(ratio_B.sum()), count),
+        "correction/row_ratio_max": Metric(float(ratio_B.max()) if len(ratio_B) else 0.0, 1.0, "max"),
+    }

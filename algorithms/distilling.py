@@ -56,8 +56,10 @@ class DivergenceLoss:
 
     def __call__(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
         student_BTV = inputs.outputs["vocab_logprobs"]
+        teacher_BTV = inputs.columns[TEACHER_VOCABULARY].to(student_BTV.dtype)
         if self.listed:
             student_BTV = distillation.listed_and_others(student_BTV, inputs.columns[f"{TEACHER_VOCABULARY}_ids"])
-        teacher_BTV = inputs.columns[TEACHER_VOCABULARY].to(student_BTV.dtype)
+        else:
+            student_BTV, teacher_BTV = distillation.over_common_tokens(student_BTV, teacher_BTV)
         loss_BT = distillation.generalised_jsd(student_BTV, teacher_BTV, inputs.mask_BT, self.beta)
         return loss_BT, {"distillation/divergence": mean_over(loss_BT, inputs.mask_BT)}

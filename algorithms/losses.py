@@ -7,6 +7,7 @@ from torch import Tensor
 
 from algorithms.correcting import CorrectionSettings, correction_metrics
 from algorithms.functional import kl, value_losses
+from algorithms.functional.ratios import ratio
 from algorithms.objectives import Objective, Terms
 from hybridflow.loss import Atom, LossInputs, Output
 from hybridflow.metrics import Metric, Metrics
@@ -88,7 +89,7 @@ def _movement(moved_BT: Tensor, mask_BT: Tensor) -> Metrics:
     """How far the policy is from the one before the update."""
     return {
         "actor/ppo_kl": mean_over(-moved_BT, mask_BT),
-        "actor/ratio_max": max_over(moved_BT.exp(), mask_BT),
+        "actor/ratio_max": max_over(ratio(moved_BT), mask_BT),
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from algorithms.correcting import CorrectionSettings, Rejection, RejectionSettings
+from algorithms.correcting import CorrectionSettings, Rejection, RejectionSettings, rejection_metrics
 from algorithms.functional import advantages
 from algorithms.functional.aggregation import Mode
 from algorithms.functional.kl import Estimator
@@ -62,6 +62,10 @@ class PolicySettings(StepSettings):
         """The log-probs that stand for the sampling policy."""
         return OLD_COLUMNS[self.old_logprobs] or "rollout_logprobs"
 
+    def unread(self) -> Mapping[str, str]:
+        estimator = self.changed("kl_estimator") if not self.kl_loss_coef else []
+        return {**super().unread(), **dict.fromkeys(estimator, "kl_loss_coef")}
+
     def problems(self) -> list[str]:
         found = []
         if self.old_logprobs == "detach" and self.epochs * self.mini_batches > 1:
@@ -100,6 +104,17 @@ class RatioSettings(ClipSettings):
         return {**super().unread(), **dict.fromkeys(clips, "ratio=clipped")}
 
 
+class SequenceSettings(PolicySettings):
+    """For objectives that are one number a sequence: averaged over sequences, and corrected by one factor each."""
+
+    aggregation: Literal["sequence_mean_token_mean"] = "sequence_mean_token_mean"  # type: ignore[assignment]
+
+    def problems(self) -> list[str]:
+        by_token = self.correction is not None and self.correction.level == "token"
+        text = "correction.level: found token; the objective is one number a sequence: sequence, or geometric"
+        return super().problems() + ([text] if by_token else [])
+
+
 class OnlinePolicy(Algorithm):
     """Samples, and the log-probs that a policy loss reads."""
 
@@ -108,8 +123,8 @@ class OnlinePolicy(Algorithm):
 
     def __init__(self, config: Any, context: AlgorithmContext) -> None:
         super().__init__(config, context)
-        self.rejected = Metric(0.0, 0.0)
-        """Of the last batch of experience: rows that were rejected, out of those looked at."""
+        self.rejected: Metrics = {}
+        """Of the last batch of experience: what `rejection` did to the rows that it looked at."""
 
     @classmethod
     def required_roles(cls, config: Any) -> tuple[str, ...]:
@@ -149,7 +164,7 @@ class OnlinePolicy(Algorithm):
             return rows
         judged = joined(rows, roles.actor.compute(Rejection(self.config.rejection, "old_logprobs"), rows))
         kept = judged.scalar("kept").astype(bool)
-        self.rejected = Metric(float((~kept).sum()), len(kept))
+        self.rejected = rejection_metrics(torch.from_numpy(kept), torch.from_numpy(judged.scalar("stale_ratio")))
         return judged.take(np.flatnonzero(kept))
 
     def update(self, experience: BatchRef, roles: Roles, step: int) -> Metrics:
@@ -159,7 +174,7 @@ class OnlinePolicy(Algorithm):
 
     def batch_metrics(self, experience: BatchRef, roles: Roles) -> Metrics:
         """What is said of a batch of experience once its optimizer steps are taken."""
-        return {"correction/rejected_share": self.rejected} if self.config.rejection else {}
+        return self.rejected
 
 
 class PolicyGradient(OnlinePolicy):
@@ -191,6 +206,13 @@ class PolicyGradient(OnlinePolicy):
     def batch_metrics(self, experience: BatchRef, roles: Roles) -> Metrics:
         groups = group_metrics(experience) if self.group_baseline else {}
         return groups | super().batch_metrics(experience, roles)
+
+
+class NormalisedGroups(PolicyGradient):
+    """With GRPO's advantages (2402.03300): (r - mean) / deviation of the prompt's samples."""
+
+    def advantages(self, rewards_B: Tensor, rows: BatchRef) -> Tensor:
+        return advantages.grpo(rewards_B, group_ids(rows))
 
 
 def group_ids(rows: BatchRef) -> Tensor:

@@ -12,6 +12,8 @@ from algorithms.token_advantages import CriticAdvantages, KLPenalty, ValueMoment
 from algorithms.weighting import over_steps, weighted_minibatches
 from hybridflow.algorithm import AlgorithmContext, joined
 from hybridflow.batch_ref import BatchRef
+from hybridflow.controller.futures import Future
+from hybridflow.loss import Loss
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.roles import Roles
 from hybridflow.settings import Settings
@@ -67,9 +69,12 @@ class PPO(OnlinePolicy):
         for part in weighted_minibatches(experience, self.config, self.context, step):
             critic_steps.append(roles.critic.update(part, value_loss))
             if step >= self.config.critic_warmup_steps:
-                actor_steps.append(roles.actor.update(part, policy_loss))
+                actor_steps.append(self.actor_step(part, policy_loss, roles))
         metrics = over_steps([s.result() for s in critic_steps]) | over_steps([s.result() for s in actor_steps])
         return metrics | self.batch_metrics(experience, roles)
+
+    def actor_step(self, part: BatchRef, loss: Loss, roles: Roles) -> Future[Metrics]:
+        return roles.actor.update(part, loss)
 
     def state_dict(self) -> dict[str, Any]:
         return {"kl_coef": self.kl_coef}

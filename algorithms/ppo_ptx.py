@@ -11,11 +11,13 @@ from typing import Any
 
 from pydantic import Field
 
-from algorithms.losses import SupervisedLoss, ValueLoss
+from algorithms.losses import SupervisedLoss
 from algorithms.ppo import PPO
-from algorithms.weighting import over_steps, trainable, weighted, weighted_minibatches
+from algorithms.weighting import trainable, weighted
 from hybridflow.batch_ref import BatchRef
+from hybridflow.controller.futures import Future
 from hybridflow.data.settings import RowKind
+from hybridflow.loss import Loss
 from hybridflow.metrics import Metrics
 from hybridflow.roles import Roles
 
@@ -31,16 +33,8 @@ class PPOPTX(PPO):
     def extra_rows(cls, config: Any) -> Mapping[str, RowKind]:
         return {"ptx": "responses"}
 
-    def update(self, experience: BatchRef, roles: Roles, step: int) -> Metrics:
-        policy_loss, value_loss = self.config.loss(self.context.temperature), ValueLoss(self.config.value_clip)
-        critic_steps, actor_steps = [], []
-        for part in weighted_minibatches(experience, self.config, self.context, step):
-            critic_steps.append(roles.critic.update(part, value_loss))
-            if step >= self.config.critic_warmup_steps:
-                rows = self.pretraining_rows()
-                actor_steps.append(roles.actor.update_jointly(part, policy_loss, rows, SupervisedLoss()))
-        metrics = over_steps([s.result() for s in critic_steps]) | over_steps([s.result() for s in actor_steps])
-        return metrics | self.batch_metrics(experience, roles)
+    def actor_step(self, part: BatchRef, loss: Loss, roles: Roles) -> Future[Metrics]:
+        return roles.actor.update_jointly(part, loss, self.pretraining_rows(), SupervisedLoss())
 
     def pretraining_rows(self) -> BatchRef:
         """The next ones, weighted: mean over their tokens, times the coefficient."""

@@ -3,15 +3,12 @@
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from algorithms.functional import advantages
 from algorithms.objectives import Objective, SoftGate
-from algorithms.policy import PolicyGradient, PolicySettings, group_ids
-from hybridflow.batch_ref import BatchRef
+from algorithms.policy import NormalisedGroups, PolicySettings
 
 
-class SAPO(PolicyGradient):
+class SAPO(NormalisedGroups):
     class Config(PolicySettings):
         """aggregation: the paper defines the mean over sequences alone."""
 
@@ -21,6 +18,3 @@ class SAPO(PolicyGradient):
 
         def objective(self) -> Objective:
             return SoftGate(self.tau_positive, self.tau_negative)
-
-    def advantages(self, rewards_B: Tensor, rows: BatchRef) -> Tensor:
-        return advantages.grpo(rewards_B, group_ids(rows))

@@ -28,7 +28,7 @@ class ScaleRL(PolicyGradient):
         samples_per_prompt: int = Field(16, ge=1)
         ratio_max: float = Field(5.0, gt=0)
         aggregation: Mode = "prompt_mean"
-        solved_pass_rate: float = Field(0.9, gt=0)
+        solved_pass_rate: float = Field(0.9, gt=0, le=1)
         max_draws: int = Field(10, ge=1)
 
         def objective(self) -> Objective:

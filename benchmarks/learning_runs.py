@@ -6,7 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from learning_cases import Case
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hybridflow.data.arithmetic import generate
+from hybridflow.data.settings import ArithmeticSettings
 
 LOCAL = ["runtime=local", "engine=torch", "rollout=hf", "placement=single"]
 DRAW = ["data.arithmetic.seed=1"]  # rates and lengths were chosen while watching the draw of seed 0
@@ -47,9 +52,6 @@ def held_out(folder: Path) -> list[dict[str, str]]:
 
 def accuracy(model_folder: Path, rows: list[dict[str, str]]) -> float:
     """Share of greedy answers that are right, by Hugging Face `generate` alone."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     prompts = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
@@ -61,9 +63,6 @@ def accuracy(model_folder: Path, rows: list[dict[str, str]]) -> float:
 
 def ranking(model_folder: Path, pairs: list[dict[str, str]]) -> float:
     """Share of pairs whose right answer is likelier than the wrong one, by a Hugging Face forward pass alone."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="right")
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     sums = []
@@ -86,14 +85,13 @@ def warmed(folder: Path, seed: int) -> None:
     subprocess.run([*command, "--folder", str(folder)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def train(folder: Path, *overrides: str) -> list[dict]:
+def train(folder: Path, *overrides: str, coin_seed: str = "") -> list[dict]:
     """One run through the CLI; its metrics lines."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COIN_SEED": coin_seed}
     command = [sys.executable, "-m", "hybridflow.cli", "train", *overrides, *LOCAL, *DRAW, f"run_folder={folder}"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f"{folder.name}.log", "a", encoding="utf-8") as log:
-        done = subprocess.run(
-            [*command, "tracking.samples=false"], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        done = subprocess.run([*command, "tracking.samples=false"], stdout=log, stderr=log, env=environment)
     if done.returncode:
         raise SystemExit(f"{folder.name} ended with exit status {done.returncode}; see {log.name}")
     return metrics_lines(folder)
@@ -109,7 +107,8 @@ def curve(folder: Path, case: Case, seed: int) -> Points:
     own, metric = folder / f"{case.name}-{seed}", case.metric
     lines = metrics_lines(own)
     if not any(line["step"] == case.steps and metric in line["metrics"] for line in lines):
-        given = [f"model.path={folder / f'sft-{seed}' / 'model'}", f"seed={seed}", *case.overrides]
+        start = folder / f"{case.start}-{seed}" / "model"
+        given = [f"model.path={start}", f"seed={seed}", *case.overrides]
         given += [f"instances.teacher.model={folder / f'grpo-{seed}' / 'model'}"] if case.teacher else []
         given += [f"trainer.steps={case.steps}", "trainer.validate_before=true", f"trainer.validate_every={BETWEEN}"]
         given += [f"actor.engine.schedule.total_steps={case.schedule}"] if case.schedule else []
@@ -119,9 +118,6 @@ def curve(folder: Path, case: Case, seed: int) -> Points:
 
 def preference_curve(folder: Path, case: Case, seed: int) -> Points:
     """One offline run: of a policy the `ranking` before and after, of a reward model its own held-out measure."""
-    from hybridflow.data.arithmetic import generate
-    from hybridflow.data.settings import ArithmeticSettings
-
     points = curve(folder, case, seed)
     if case.metric != "val/preference_accuracy" or case.name == "reward_model":
         return points
@@ -144,7 +140,8 @@ def control_curve(folder: Path, case: Case, seed: int) -> Points:
         given += [f"trainer.steps={step}", f"trainer.checkpoint_every={BETWEEN}", "trainer.keep_checkpoints=1"]
         given += [f"actor.engine.schedule.total_steps={case.schedule}", "trainer.validate_before=false"]
         model = f"model.path={start / 'model'}"
-        train(own, *case.overrides, model, f"seed={seed}", "trainer.validate_every=0", *given)
+        given += [f"seed={seed}", "trainer.validate_every=0"]
+        train(own, *case.overrides, model, *given, coin_seed=f"{seed} {step}")
         points.append((step, accuracy(own / "model", held_out(start))))
         file.write_text(json.dumps(points))
     return points

@@ -112,7 +112,7 @@ class Algorithm:
     def score(self, rollouts: BatchRef, roles: Roles) -> BatchRef:
         """Adds the per-sample scalars that `accept` and `experience` read. With several rewards, a row is `abstained`
         or `failed` where any of them says so: the share of rows that failed decides whether the run goes on."""
-        return joined(rollouts, roles.reward.score(rollouts))
+        return scored_by(rollouts, roles.reward.score(rollouts))
 
     def accept(self, group: BatchRef) -> Verdict:
         """Called once a group, in request order. `drop` makes the step smaller, `refill` draws another prompt."""

@@ -69,6 +69,7 @@ for _row in (
     ("returns", "token", "float32", "algorithm", "regression target of the critic"),
     ("rewards", "row", "float32", "reward.score", "score of the whole sample"),
     ("kept", "row", "bool", "algorithm.experience", "near enough to the policy that is updated (rejection)"),
+    ("stale_ratio", "row", "float64", "algorithm.experience", "mean ratio of old to rollout probability (rejection)"),
     ("baseline", "row", "float64", "algorithm.experience", "what the sample's score is compared with"),
     ("row_advantages", "row", "float64", "algorithm.experience", "advantage of the whole sample, before whitening"),
     ("position", "row", "int64", "data", "position of the prompt in its data source"),

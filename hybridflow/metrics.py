@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Reduction = Literal["mean", "sum", "max", "min"]
+Reduction = Literal["mean", "sum", "max", "min", "effective"]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """mean: `total / weight`; sum: `total`; max and min: `total` is the extreme and `weight` is ignored."""
+    """mean: `total / weight`; sum: `total`; max and min: `total` is the extreme and `weight` is ignored; effective:
+    `total**2 / weight`, of the sums of weights and of their squares: how many equal samples they are worth."""
 
     total: float
     weight: float = 1.0
@@ -19,6 +20,8 @@ class Metric:
     def value(self) -> float:
         if self.reduction == "mean":
             return self.total / self.weight if self.weight else float("nan")
+        if self.reduction == "effective":
+            return self.total**2 / self.weight if self.weight else 0.0
         return self.total
 
     def merge(self, other: "Metric") -> "Metric":

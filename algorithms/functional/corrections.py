@@ -15,9 +15,9 @@ from torch import Tensor
 
 from algorithms.functional import kl, policy_losses
 from algorithms.functional.masked import row_max, row_mean, spread, zeroed
+from algorithms.functional.ratios import ratio
 
 Level = Literal["token", "sequence", "geometric"]
-LOG_RATIO_BOUND = 20.0
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ def ratios(old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, mask_BT: Tensor
     if level != "token":
         mean_B = row_mean(log_ratio_BT, mask_BT)
         log_ratio_BT = spread(mean_B * mask_BT.sum(1) if level == "sequence" else mean_B, mask_BT)
-    (ratio_BT,) = zeroed(mask_BT, log_ratio_BT.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp())
+    (ratio_BT,) = zeroed(mask_BT, ratio(log_ratio_BT))
     return ratio_BT
 
 
-def _statistics(ratio: Tensor, factor: Tensor, cut: Tensor) -> RatioStatistics:
-    ratio, factor = ratio.double(), factor.double()
+def _statistics(k: Tensor, factor: Tensor, cut: Tensor) -> RatioStatistics:
+    k, factor = k.double(), factor.double()
     return RatioStatistics(
-        count=float(ratio.numel()),
+        count=float(k.numel()),
         cut=float(cut.sum()),
-        ratio_sum=float(ratio.sum()),
-        ratio_max=float(ratio.max()) if ratio.numel() else 0.0,
+        ratio_sum=float(k.sum()),
+        ratio_max=float(k.max()) if k.numel() else 0.0,
         factor_sum=float(factor.sum()),
         factor_sum_sq=float((factor * factor).sum()),
     )

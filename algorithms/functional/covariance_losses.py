@@ -17,6 +17,7 @@ from torch import Tensor
 from algorithms.functional import kl
 from algorithms.functional.masked import zeroed
 from algorithms.functional.policy_losses import ppo
+from algorithms.functional.ratios import ratio
 
 
 def covariance(
@@ -122,4 +123,4 @@ def kl_cov(
     logprobs_BT, old_logprobs_BT, advantages_BT = zeroed(mask_BT, logprobs_BT, old_logprobs_BT, advantages_BT)
     selected_BT = selected_BT & mask_BT
     penalty_BT = kl.estimate(estimator, old_logprobs_BT, logprobs_BT, selected_BT)
-    return -advantages_BT * torch.exp(logprobs_BT - old_logprobs_BT) + coef * penalty_BT, selected_BT
+    return -advantages_BT * ratio(logprobs_BT - old_logprobs_BT) + coef * penalty_BT, selected_BT

@@ -54,13 +54,26 @@ def generalised_jsd(student_BTV: Tensor, teacher_BTV: Tensor, mask_BT: Tensor, b
     return _spread(jsd_N, mask_BT)
 
 
+def over_common_tokens(student_BTV: Tensor, teacher_BTV: Tensor) -> tuple[Tensor, Tensor]:
+    """Both over the tokens that both have, normalised anew where something was cut: models of one family pad one
+    vocabulary to different sizes, and what only one of them has stands for no text."""
+    common = min(student_BTV.shape[-1], teacher_BTV.shape[-1])
+    cut = [x[..., :common].log_softmax(-1) if x.shape[-1] > common else x for x in (student_BTV, teacher_BTV)]
+    return cut[0], cut[1]
+
+
 def listed_and_others(logprobs_BTV: Tensor, ids_BTK: Tensor) -> Tensor:
     """(B, T, K + 1) log-probs of the K listed tokens, all different, and last of all others together; K below V.
 
     A divergence between two such vectors is that between the models once what is not listed counts as one token: at
-    most the whole vocabulary's, and 0 where the models agree on what is listed.
+    most the whole vocabulary's, and 0 where the models agree on what is listed. ValueError for an id that is not in V.
     """
     ids_BTK = ids_BTK.to(torch.int64)
+    if ids_BTK.numel() and int(ids_BTK.max()) >= logprobs_BTV.shape[-1]:
+        raise ValueError(
+            f"distillation: the teacher lists token {int(ids_BTK.max())}, the student has {logprobs_BTV.shape[-1]} "
+            "tokens: such a token stands for no text of the run. Look at the teacher's weights, or lower top_k"
+        )
     others_BT1 = logprobs_BTV.scatter(-1, ids_BTK, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([logprobs_BTV.gather(-1, ids_BTK), others_BT1], -1)
 

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from algorithms.functional.masked import zeroed
+from algorithms.functional.ratios import LOG_RATIO_BOUND
 
 Estimator = Literal["k1", "k2", "k3", "absolute"]
 Direction = Literal["reverse", "forward"]
 
 
 def estimate(kind: Estimator, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Per token, any shape. k1 = x; k2 = x^2 / 2; k3 = exp(-x) - 1 + x; absolute = |x|. 0 at masked slots."""
+    """Per token, any shape. k1 = x; k2 = x^2 / 2; k3 = exp(-x) - 1 + x; absolute = |x|. 0 at masked slots. The exponent
+    of k3 is held at 20 (`ratios`)."""
     logprobs, ref_logprobs = zeroed(mask, logprobs, ref_logprobs)
     x = logprobs - ref_logprobs
     if kind == "k1":
@@ -27,7 +29,7 @@ def estimate(kind: Estimator, logprobs: Tensor, ref_logprobs: Tensor, mask: Tens
     if kind == "k2":
         return 0.5 * x * x
     if kind == "k3":
-        return torch.expm1(-x) + x
+        return torch.expm1(x.neg().clamp(max=LOG_RATIO_BOUND)) + x
     return x.abs()
 
 

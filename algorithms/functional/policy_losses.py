@@ -1,6 +1,7 @@
 """Per-token policy losses, before aggregation: any common shape, so that (B, T) is one of them.
 
-With a mask, junk at masked slots changes neither value nor gradient: loss 0 and active False there.
+Log-ratios are held at +-20 (`ratios`). With a mask, junk at masked slots changes neither value nor gradient: loss 0
+and active False there.
 """
 
 import math
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from algorithms.functional.masked import zeroed
+from algorithms.functional.ratios import ratio
 
 
 def ppo(
@@ -27,9 +29,9 @@ def ppo(
     Returns the loss and whether the clipped branch was the active one (bool, same shape).
     """
     logprobs, old_logprobs, advantages = zeroed(mask, logprobs, old_logprobs, advantages)
-    ratio = torch.exp(logprobs - old_logprobs)
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    rho = ratio(logprobs - old_logprobs)
+    plain = -advantages * rho
+    clipped = -advantages * rho.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(plain, clipped)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
@@ -65,9 +67,9 @@ def sapo(
     """-A (4 / tau) sigmoid(tau (rho - 1)), tau = tau_positive for A > 0, tau_negative otherwise (SAPO, 2511.20347).
     A soft gate clips nothing. The paper's average is sequence_mean_token_mean."""
     logprobs, old_logprobs, advantages = zeroed(mask, logprobs, old_logprobs, advantages)
-    ratio = torch.exp(logprobs - old_logprobs)
+    rho = ratio(logprobs - old_logprobs)
     tau = torch.full_like(advantages, tau_negative).masked_fill(advantages > 0, tau_positive)
-    return -advantages * (4 / tau) * torch.sigmoid(tau * (ratio - 1))
+    return -advantages * (4 / tau) * torch.sigmoid(tau * (rho - 1))
 
 
 def cispo(
@@ -96,7 +98,7 @@ def _ratio_weighted(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     logprobs, old_logprobs, advantages = zeroed(mask, logprobs, old_logprobs, advantages)
-    ratio = torch.exp((logprobs - old_logprobs).detach())
-    active = (ratio < low) | (ratio > high)
-    loss = -ratio.clamp(low, high) * advantages * logprobs
+    rho = ratio((logprobs - old_logprobs).detach())
+    active = (rho < low) | (rho > high)
+    loss = -rho.clamp(low, high) * advantages * logprobs
     return loss, active if mask is None else active & mask

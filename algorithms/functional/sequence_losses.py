@@ -10,6 +10,7 @@ from torch import Tensor
 
 from algorithms.functional.masked import row_mean, spread, zeroed
 from algorithms.functional.policy_losses import ppo
+from algorithms.functional.ratios import ratio
 
 
 def gspo(
@@ -41,5 +42,5 @@ def gmpo(
     logprobs_BT, old_logprobs_BT, advantages_BT = zeroed(mask_BT, logprobs_BT, old_logprobs_BT, advantages_BT)
     moved_BT, sign_BT = logprobs_BT - old_logprobs_BT, advantages_BT.sign()
     plain_BT, clipped_BT = sign_BT * moved_BT, sign_BT * moved_BT.clamp(-clip_low, clip_high)
-    ratio_B = row_mean(sign_BT * torch.minimum(plain_BT, clipped_BT), mask_BT).exp()
+    ratio_B = ratio(row_mean(sign_BT * torch.minimum(plain_BT, clipped_BT), mask_BT))
     return -advantages_BT * ratio_B[:, None], clipped_BT < plain_BT

@@ -10,6 +10,8 @@ _PART = r"\w[\w.-]*"
 HUB_ID = re.compile(f"{_PART}(/{_PART})?")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
+VALUE_HEAD_FILE = "value_head.safetensors"
+"""What makes a language model's folder that of a reward model (or of a critic)."""
 
 
 def could_be_hub_id(name: str) -> bool:

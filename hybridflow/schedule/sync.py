@@ -55,8 +55,7 @@ class SyncSchedule:
         taken = collect(self.algorithm, self._draw, self._sample_and_score, self.settings.prompts_per_step)
         self._check_failures(taken.scored)
         metrics = taken.metrics | sample_metrics(taken.scored)
-        with span("experience"):
-            experience = self.algorithm.experience(taken.rows, self.roles) if taken.rows.num_rows else taken.rows
+        experience = self._experience(taken.rows) if taken.rows.num_rows else taken.rows
         if experience.num_rows:
             self.empty_steps = 0
             metrics |= self._learn(experience, step)
@@ -65,6 +64,10 @@ class SyncSchedule:
         if not taken.scored.num_rows:  # the algorithm skipped every prompt
             return StepResult(metrics, None, 0)
         return StepResult(metrics, taken.scored, int(taken.scored.scalar("num_tokens").sum()))
+
+    def _experience(self, rollouts: BatchRef) -> BatchRef:
+        with span("experience"):
+            return self.algorithm.experience(rollouts, self.roles)
 
     def _learn(self, experience: BatchRef, step: int) -> Metrics:
         with span("update"):

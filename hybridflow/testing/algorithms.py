@@ -16,7 +16,7 @@ from hybridflow.loss import Loss
 from hybridflow.testing import tiny
 from hybridflow.testing.columns import JUNK, Maker, made_up
 from hybridflow.testing.ranks import Split, SplitEngine
-from hybridflow.testing.violation import require, require_close, require_finite, require_same
+from hybridflow.testing.violation import require, require_close, require_finite, require_near, require_same
 from hybridflow.testing.world import Subject, Trace, World, permutation
 
 RANKS, ROWS = (1, 2, 4), (1, 2, 3, 7, None)
@@ -109,7 +109,10 @@ def _check_partition(subject: Subject, expected: Trace) -> None:
     """Of the first step."""
     for ranks, size in product(RANKS, ROWS):
         split = Split(ranks, size)
-        _require_gradients(World(subject, split).run(1), expected.first(1), _says(subject.name, split))
+        found = World(subject, split).run(1)
+        _require_gradients(found, expected.first(1), _says(subject.name, split))
+        text = f"{subject.name} with {split} instead of all rows at once"
+        require_near(found.metrics[0], expected.metrics[0], TOLERANCE, text)
 
 
 def _check_order(subject: Subject, expected: Trace) -> None:

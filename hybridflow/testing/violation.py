@@ -50,6 +50,15 @@ def require_same(found: Mapping[str, Metric], expected: Mapping[str, Metric], te
         require(both_nan or other == now, f"{text}: metric {name} is {now}, without it {other}")
 
 
+def require_near(found: Mapping[str, Metric], expected: Mapping[str, Metric], tolerance: float, text: str) -> None:
+    """As `require_same`, up to rounding: relative to the larger of the number and 1."""
+    require(found.keys() == expected.keys(), f"{text}: metrics {sorted(found.keys() ^ expected.keys())} come and go")
+    for name, metric in found.items():
+        other, now = expected[name].value, metric.value
+        near = math.isclose(now, other, rel_tol=tolerance, abs_tol=tolerance) or (math.isnan(now) and math.isnan(other))
+        require(near, f"{text}: metric {name} is {now}, expected {other}; sum what is merged, and divide at the end")
+
+
 def require_finite(metrics: Mapping[str, Metric], text: str) -> None:
     for name, metric in metrics.items():
         require(isinstance(metric, Metric), f"{text}: {name} is a {type(metric).__name__}; a metric is a Metric")

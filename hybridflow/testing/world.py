@@ -100,8 +100,8 @@ class ShuffledSchedule(SyncSchedule):
 
     order: int | None = None
 
-    def _learn(self, rollouts: BatchRef, step: int) -> Metrics:
-        return super()._learn(rollouts.take(permutation(np.arange(rollouts.num_rows), self.order)), step)
+    def _experience(self, rollouts: BatchRef) -> BatchRef:
+        return super()._experience(rollouts.take(permutation(np.arange(rollouts.num_rows), self.order)))
 
 
 def permutation(atom_B: np.ndarray, order: int | None) -> np.ndarray:

@@ -100,7 +100,13 @@ def test_half_the_penalty_is_half_the_shaping(tmp_path: Path) -> None:
     run, made = Scripted(tmp_path), samples([0, 0], [0, 0], [[1] * 8, [1] * 4])
     shaped = [float(dapo(overlong_buffer=4, overlong_penalty=p).rewards(run.put(made))[0]) for p in (1.0, 0.5)]
     assert shaped == [-1.0, -0.5]
-    assert dapo().rewards(run.put(made)).tolist() == [0.0, 0.0]
+    assert dapo(overlong_buffer=0).rewards(run.put(made)).tolist() == [0.0, 0.0]
+
+
+def test_the_buffer_is_by_default_a_fifth_of_the_limit(tmp_path: Path) -> None:
+    """Limit 8: one token, so that only a response of the whole limit pays, and it pays all."""
+    run, made = Scripted(tmp_path), samples([0, 0], [0, 0], [[1] * 8, [1] * 7])
+    assert dapo().rewards(run.put(made)).tolist() == [-1.0, 0.0]
 
 
 def test_a_buffer_longer_than_a_response_is_refused() -> None:

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scripted_roles import CONTEXT, Scripted, samples
 
 from algorithms.awr import AWR
 from algorithms.cispo import CISPO
+from algorithms.correcting import CorrectionSettings, rejection_metrics
 from algorithms.dapo import DAPO
 from algorithms.dr_grpo import DrGRPO
 from algorithms.functional.aggregation import row_weights
@@ -224,6 +226,7 @@ def test_a_rejected_row_leaves_before_the_baseline(tmp_path: Path) -> None:
     assert [found[0], found[11]] == pytest.approx(wanted, rel=1e-12)
     metrics = algorithm.update(rows, run.roles, step=0)
     assert metrics["correction/rejected_share"].value == pytest.approx(1 / len(ALONE))
+    assert metrics["correction/row_ratio_max"].value >= metrics["correction/row_ratio_mean"].value > 0
 
 
 def test_a_batch_in_which_nothing_is_left_takes_no_optimizer_step(tmp_path: Path) -> None:
@@ -240,3 +243,33 @@ def test_a_batch_in_which_nothing_is_left_takes_no_optimizer_step(tmp_path: Path
 def test_one_sample_a_prompt_is_refused(kind: type[PolicyGradient]) -> None:
     [line] = kind.problems(kind.Config(samples_per_prompt=1))
     assert line.startswith("samples_per_prompt: 1 sample has no group baseline")
+
+
+@pytest.mark.parametrize("kind", [GSPO, GMPO])
+def test_one_number_a_sequence_takes_one_factor_a_sequence(kind: Any) -> None:
+    """A factor a token would be averaged over the row: neither paper's correction."""
+    by_token = kind.Config(correction=CorrectionSettings(level="token"))
+    [line] = kind.problems(by_token)
+    assert line.startswith("correction.level: found token; the objective is one number a sequence")
+    assert kind.problems(kind.Config(correction=CorrectionSettings(level="geometric"))) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [({"kind": "tis", "low": 0.1}, "low: kind=tis"), ({"kind": "icepop", "cap": 3.0}, "cap: kind=icepop")],
+)
+def test_bounds_that_a_correction_does_not_read(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        CorrectionSettings(**fields)
+
+
+def test_an_estimator_without_a_coefficient_is_not_read() -> None:
+    assert GRPO.Config(kl_estimator="k2").unread() == {"kl_estimator": "kl_loss_coef"}
+    assert GRPO.Config(kl_estimator="k2", kl_loss_coef=0.1).unread() == {}
+
+
+def test_what_a_rejection_says_of_the_rows_it_saw() -> None:
+    found = rejection_metrics(torch.tensor([True, False, True, True]), torch.tensor([1.0, 0.4, 1.2, 1.0]).double())
+    assert {name: metric.value for name, metric in found.items()} == pytest.approx(
+        {"correction/rejected_share": 0.25, "correction/row_ratio_mean": 0.9, "correction/row_ratio_max": 1.2}
+    )

@@ -80,9 +80,10 @@ def weights() -> Tensor:
     return (torch.tensor(MASK) * torch.tensor([[0.1], [0.2], [0.3]], dtype=torch.float64)).flatten()
 
 
+BOUNDS: dict[str, dict[str, float]] = {"tis": {"cap": 1.2}, "mis": {"cap": 1.2}, "icepop": {"low": 0.8, "high": 1.3}}
 ALL_LOSSES: list[Loss] = [
     *(replace(FULL, objective=objective) for objective in OBJECTIVES),
-    *(replace(FULL, correction=CorrectionSettings(kind=kind, level=level, cap=1.2, low=0.8, high=1.3))
+    *(replace(FULL, correction=CorrectionSettings(kind=kind, level=level, **BOUNDS[kind]))
       for kind in ("tis", "mis", "icepop") for level in ("token", "sequence", "geometric")),
     *(replace(FULL, kl_estimator=name) for name in ("k2", "k3", "absolute")),
     replace(FULL, old_column=None, correction=None), ValueLoss(0.2), ValueLoss(None), SupervisedLoss(),
@@ -172,8 +173,8 @@ def test_a_correction_multiplies_the_objective_alone() -> None:
     assert metrics["correction/ratio_max"].value == pytest.approx(float(ratios.max()), rel=1e-10)
     assert metrics["correction/cut_share"].value == pytest.approx(float((ratios > 1.5).double().mean()), rel=1e-10)
     kept = ratios.clamp(max=1.5)
-    share = float(kept.sum() ** 2 / (kept**2).sum()) / len(kept)
-    assert metrics["correction/effective_share"].value == pytest.approx(share, rel=1e-10)
+    effective = float(kept.sum() ** 2 / (kept**2).sum())
+    assert metrics["correction/effective_samples"].value == pytest.approx(effective, rel=1e-10)
 
 
 def test_the_policy_metrics() -> None:

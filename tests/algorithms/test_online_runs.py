@@ -37,7 +37,7 @@ RUNS: dict[str, list[str]] = {
     "grpo": [], "dr_grpo": ["algorithm.mini_batches=2"], "rloo": ["algorithm.epochs=2"], "reinforce_pp": [],
     "reinforce_pp_baseline": [], "remax": ["algorithm.samples_per_prompt=3"], "opo": [], "gpg": [],
     "dapo": ["algorithm.overlong_buffer=4", "algorithm.max_draws=2"], "gspo": ["algorithm.mini_batches=2"],
-    "gmpo": ["algorithm.mini_batches=2", "algorithm.correction={kind: tis}"],
+    "gmpo": ["algorithm.mini_batches=2", "algorithm.correction={kind: tis, level: geometric}"],
     "sapo": ["algorithm.mini_batches=2", "algorithm.rejection={bound: 10.0}"], "cispo": ["algorithm.mini_batches=2"],
     "awr": ["algorithm.mini_batches=2"], "scale_rl": [FORCED, "algorithm.mini_batches=2"],
     "safe_rlhf": [COST, "algorithm.cost_limit=1.0"],
@@ -45,8 +45,8 @@ RUNS: dict[str, list[str]] = {
 }  # fmt: skip
 LOGGED = {
     "ppo": {"critic/vf_explained_var", "kl/coefficient", "kl/reward_kl"},
-    "gmpo": {"correction/ratio_mean", "correction/ratio_max", "correction/cut_share", "correction/effective_share"},
-    "sapo": {"correction/rejected_share"},
+    "gmpo": {"correction/ratio_mean", "correction/ratio_max", "correction/cut_share", "correction/effective_samples"},
+    "sapo": {"correction/rejected_share", "correction/row_ratio_mean", "correction/row_ratio_max"},
     "safe_rlhf": {"cost/mean", "cost/multiplier", "cost_critic/vf_loss", "cost_critic/vf_explained_var",
                   "cost_critic/loss", "cost_critic/grad_norm", "cost_critic/lr", "critic/vf_loss", "critic/loss"},
     "ppo_ptx": {"actor/nll", "actor/pg_loss"},

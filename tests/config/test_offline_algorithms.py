@@ -121,10 +121,24 @@ def test_a_reference_with_another_vocabulary_is_refused_before_the_start():
         "instances.reference.model: found 'small' with a vocabulary of 50; the run's tokenizer has 82"
     )
     grpo = ["algorithm=grpo", *run[1:], "+instances.reward={type: reward_model, model: theirs}"]
+    Path("theirs/value_head.safetensors").touch()
     assert only(*grpo).startswith("instances.reward.model: found 'theirs', whose tokenizer differs")
     for file in Path("theirs").glob("tokenizer*"):
         file.unlink()
     assert load([*run, reference(theirs)]).instances["reference"].model == "theirs"  # 258 rows: as far as one can see
+
+
+def test_a_frozen_reward_model_must_have_been_one_before():
+    """A new head is zeros, and would score every text 0; one under training begins with it."""
+    model("judge", char_tokenizer())
+    grpo = ["algorithm=grpo", "+instances.reward={type: reward_model, model: judge}"]
+    assert only(*grpo) == (
+        "instances.reward.model: found 'judge', which has no value_head.safetensors; allowed: the model/ folder of a "
+        "run of algorithm=reward_model or process_reward_model"
+    )
+    assert load(["algorithm=reward_model", "model=pretrained", "model.path=judge"]).algorithm.name == "reward_model"
+    Path("judge/value_head.safetensors").touch()
+    assert load(grpo).instances["reward"].model == "judge"
 
 
 def test_a_model_of_the_hub_is_compared_once_it_is_here(tmp_path, monkeypatch):
@@ -141,6 +155,7 @@ def test_a_model_of_the_hub_is_compared_once_it_is_here(tmp_path, monkeypatch):
 def test_who_runs_a_reward_model():
     """One that is loaded is frozen, also under the name of the reward function's role; one that is trained is not."""
     shutil.copytree(model("first", char_tokenizer()), "judge")
+    Path("judge/value_head.safetensors").touch()
     loaded = load(["+instances.reward={type: reward_model, model: judge}", "+instances.judge={type: reward_model}"])
     assert loaded.worker("reward") == loaded.worker("judge") == "workers.reward_model.RewardModelWorker"
     assert load([]).worker("reward") == "workers.reward.RewardWorker"

@@ -161,6 +161,21 @@ class OfARank(GRPO):
             return DividesByItsMicroBatch(temperature)
 
 
+@dataclass(frozen=True)
+class LargestOfAMicroBatch(Sound):
+    """Its gradient is sound; its metric is the mean over micro-batches of what each found."""
+
+    def __call__(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
+        loss_BT, metrics = super().__call__(inputs)
+        return loss_BT, metrics | {"mine/largest": Metric(float(loss_BT[inputs.mask_BT].max()))}
+
+
+class MeasuresARank(GRPO):
+    class Config(GRPO.Config):
+        def loss(self, temperature: float) -> Any:
+            return LargestOfAMicroBatch(temperature)
+
+
 class Forgets(GRPO):
     """The learning depends on a count that no checkpoint keeps."""
 
@@ -249,6 +264,10 @@ class AsksAJudge(GRPO):
     ("algorithm", "text"),
     [
         (OfARank, "OfARank: the gradient with 1 ranks, micro-batches of 1 rows is not that of all rows at once"),
+        (
+            MeasuresARank,
+            "MeasuresARank with 1 ranks, micro-batches of 1 rows instead of all rows at once: metric mine/larg",
+        ),
         (Forgets, "the step after a checkpoint is another one"),
         (KeepsATuple, "KeepsATuple.state_dict: JSON changes it"),
         (LoadsNothing, "LoadsNothing.load_state_dict: loads .* and then says"),

@@ -195,6 +195,9 @@ def test_scores_that_are_not_finite_are_named_unless_the_sample_was_declined(wro
         scored_by(rollouts, bad)
     with pytest.raises(RewardError, match="costs: found"):
         scored_by(rollouts, good, costs=bad)
+    reward = type("Reward", (), {"score": lambda self, rows: bad})()
+    with pytest.raises(RewardError, match="rewards: found"):
+        Algorithm(None, AlgorithmContext(0, 1.0, 8)).score(rollouts, Roles({"reward": reward}))
     declined = scored_by(rollouts, scores([1.0, wrong], [False, True]), costs=good)
     assert declined.scalar("abstained").tolist() == [False, True]
 

@@ -14,9 +14,11 @@ from hybridflow.batch_ref import BatchRef
 from hybridflow.controller.coordinates import Shape
 from hybridflow.controller.local_runtime import LocalRuntime
 from hybridflow.data.tokenizers import load_tokenizer
+from hybridflow.errors import ConfigError
 from hybridflow.rewards.settings import RewardSettings
 from workers.reward import RewardWorker
 from workers.reward_model import RewardModelWorker
+from workers.training.settings import EngineSettings
 
 MINE = """
 from hybridflow.rewards.functions import ABSTAIN
@@ -73,6 +75,12 @@ def test_a_failed_sample_says_why_in_its_column_the_log_and_the_record(
     assert [line["reward"] for line in lines] == [1.0, None, None, None, 0.5]
     assert "KeyError: '3'" in lines[1]["failure"] and "KeyError: '4'" in lines[3]["failure"]
     assert [lines[k]["failure"] for k in (0, 2, 4)] == [""] * 3
+
+
+def test_a_frozen_reward_model_without_a_head_is_refused(tmp_path: Path) -> None:
+    context = type("Context", (), {"name": "cost"})()
+    with pytest.raises(ConfigError, match=r"cost: found '.*', which has no value_head.safetensors: a new head scores"):
+        RewardModelWorker(context, str(tmp_path), EngineSettings(), "char")
 
 
 def test_a_reward_model_writes_the_same_columns(runtime: LocalRuntime) -> None:

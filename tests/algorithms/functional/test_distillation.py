@@ -211,3 +211,23 @@ def test_sampled_advantages_give_the_exact_reverse_kl_on_policy():
     value.backward()
     assert (student.exp() * -sampled).sum().item() == pytest.approx(value.item(), rel=1e-12)
     torch.testing.assert_close(leaf.grad, exact.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_vocabulary_padded_further_counts_for_the_tokens_that_both_have():
+    """The teacher's fifth token stands for no text: its distribution is that of the first four, summing to 1."""
+    student, teacher, mask = random_case(3)
+    cut_student, cut_teacher = distillation.over_common_tokens(student[..., :4].log_softmax(-1), teacher)
+    for b, t in mask.nonzero().tolist():
+        p = [math.exp(value) for value in teacher[b, t, :4].tolist()]
+        want = [math.log(value / sum(p)) for value in p]
+        torch.testing.assert_close(cut_teacher[b, t], tensor(*want), rtol=1e-12, atol=0)
+    assert torch.equal(cut_student, student[..., :4].log_softmax(-1))
+    again = distillation.over_common_tokens(teacher, student[..., :4].log_softmax(-1))
+    assert torch.equal(again[0], cut_teacher) and torch.equal(again[1], cut_student)
+    assert distillation.over_common_tokens(student, teacher)[0] is student
+
+
+def test_a_listed_token_that_the_student_lacks_is_named():
+    student, _, _ = random_case(4)
+    with pytest.raises(ValueError, match="the teacher lists token 5, the student has 5 tokens"):
+        distillation.listed_and_others(student, torch.tensor([[[1, 5]] * 4] * 2))

@@ -128,3 +128,10 @@ def test_estimator_gradients_by_finite_differences(kind):
 
 def test_a_fixed_coefficient_stays():
     assert kl.FixedKL().next(0.3, 1e9, 512) == 0.3
+
+
+def test_k3_stays_finite_where_the_reference_is_far_above():
+    lp = torch.tensor([-100.0, -1000.0], requires_grad=True)
+    value = kl.estimate("k3", lp, torch.zeros(2))
+    value.sum().backward()
+    assert value.isfinite().all() and lp.grad.isfinite().all()

@@ -130,3 +130,18 @@ def test_awr_by_hand():
 def test_awr_of_a_huge_advantage_is_the_cap():
     loss, _ = policy_losses.awr(torch.tensor([-1.0]), torch.tensor([1e6]), 0.05, 20.0)
     assert float(loss) == pytest.approx(20.0)
+
+
+EXTREMES = (-1000.0, -89.0, -20.0, 0.0, 20.0, 89.0, 1000.0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_any_log_ratio_leaves_value_and_gradient_finite_in_float32(name, sign):
+    """exp overflows at 88.7, and inf x 0 in its gradient would be NaN: from 20 on, the ratio stays where it is."""
+    lp = torch.tensor(EXTREMES, requires_grad=True)
+    loss = LOSSES[name][0](lp, torch.zeros(len(EXTREMES)), torch.full((len(EXTREMES),), sign))
+    loss.sum().backward()
+    assert loss.isfinite().all() and lp.grad.isfinite().all()
+    if name in ("ppo", "sapo"):
+        assert lp.grad[[0, 1, 5, 6]].tolist() == [0.0] * 4
