@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 RUNS ?= runs
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup train test lint clean
+.PHONY: setup train test lint clean reshard-cases
 
 setup: $(READY)
 
@@ -23,6 +23,10 @@ train: $(READY)
 	$(BIN)/hybridflow train experiment=arithmetic_sft run_folder=$(RUNS)/arithmetic-sft overwrite=true $(SFT_ARGS)
 	$(BIN)/hybridflow train experiment=arithmetic_grpo model.path=$(RUNS)/arithmetic-sft/model \
 		run_folder=$(RUNS)/arithmetic-grpo overwrite=true $(GRPO_ARGS)
+
+# Six short runs: all pairs of training layout, generation layout, replicas, and colocated or split. CASES takes some.
+reshard-cases: $(READY)
+	$(BIN)/python benchmarks/reshard_cases.py $(CASES)
 
 lint: $(READY)
 	$(BIN)/ruff check .

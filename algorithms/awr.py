@@ -14,7 +14,8 @@ from hybridflow.batch_ref import BatchRef
 
 class AWR(PolicyGradient):
     class Config(PolicySettings):
-        """beta, weight_max: 0.05 and 20 in the paper's code, for returns of its tasks; scores of 0 and 1 want more."""
+        """weight_max: the authors' code has 20. beta: it has 1, of advantages that it standardises; ours are not, and for
+        scores of 0 and 1 we take 0.5."""
 
         old_logprobs: Literal["recompute", "rollout", "detach"] = "rollout"
         beta: float = Field(0.5, gt=0)

@@ -14,7 +14,7 @@ points, and the inverted reward ends below its start. Plot: benchmarks/learning_
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -35,24 +35,24 @@ def missed(case: Case, points: Points) -> str | None:
         highest = max(value for _, value in points)
         return f"gained {highest - before:.1%} by chance" if highest - before > MOST_BY_CHANCE else None
     if case.name == "inverted":
-        return None if after < before else f"gained {after - before:.1%}"
+        return None if after <= before - case.bar else f"gained {after - before:.1%}"
     if after - before < case.bar:
         return f"gained {after - before:.1%}, bar {case.bar:.0%}"
     return f"ended at {after:.1%}, bar {MIN_FINAL:.0%}" if case.bar > 0.1 and after < MIN_FINAL else None
 
 
-def row(case: Case, seed: int, points: Points) -> str:
-    before, after = points[0][1], points[-1][1]
-    shown = " ".join(f"{step}:{100 * value:.0f}" for step, value in points[1:])
-    verdict = missed(case, points) or ""
-    return (
-        f"| {case.name} | {seed} | {before:.1%} | {after:.1%} | {100 * (after - before):+.1f} | {shown} | {verdict} |"
-    )
-
-
-def table(title: str, curves: dict[tuple[Case, int], Points]) -> Iterable[str]:
-    yield from (f"## {title}", "", "| case | seed | before | after | gain | step:percent | missed |", "|" + "---|" * 7)
-    yield from (row(case, seed, points) for (case, seed), points in curves.items())
+def table(title: str, curves: dict[tuple[Case, int], Points]) -> Iterator[str]:
+    """One line a case: before, after and gain of each seed, in percent and points."""
+    seeds = sorted({seed for _, seed in curves})
+    yield from (f"## {title}", "", f"| case | steps | {' | '.join(f'seed {seed}' for seed in seeds)} | missed |")
+    yield "|" + "---|" * (3 + len(seeds))
+    for case in dict.fromkeys(case for case, _ in curves):
+        runs = {seed: curves[case, seed] for seed in seeds}
+        cells = [
+            f"{100 * p[0][1]:.1f} to {100 * p[-1][1]:.1f}: {100 * (p[-1][1] - p[0][1]):+.1f}" for p in runs.values()
+        ]
+        found = [f"seed {seed} {text}" for seed, points in runs.items() if (text := missed(case, points))]
+        yield f"| {case.name} | {case.steps} | {' | '.join(cells)} | {'; '.join(found)} |"
     yield ""
 
 

@@ -38,7 +38,7 @@ def online(name: str, *overrides: str, steps: int = 120) -> Case:
 ONLINE = (
     Case("grpo", ("experiment=arithmetic_grpo",), 300, schedule=600, bar=0.30),
     Case("ppo", ("experiment=arithmetic_ppo",), 150, schedule=300, bar=0.30),
-    Case("ppo_ptx", ("experiment=arithmetic_ppo_ptx",), 200),
+    Case("ppo_ptx", ("experiment=arithmetic_ppo_ptx",), 150),
     Case("safe_rlhf", ("experiment=arithmetic_safe_rlhf",)),
     online("dr_grpo", *DIVIDED, *TWO_STEPS, HIGHER),
     online("rloo", "algorithm.samples_per_prompt=4", "trainer.prompts_per_step=128", "algorithm.old_logprobs=detach"),
@@ -78,7 +78,7 @@ def policy(name: str, rate: float = 2e-4) -> Case:
 def reward(name: str, metric: str) -> Case:
     """To judge a sum at its last digit is a skill of its own, so it starts from the model that adds best."""
     given = (f"algorithm={name}", "model=pretrained", "trainer.prompts_per_step=128", "engine.optimizer.lr=3e-4")
-    return Case(name, given, 1200, "grpo", 0, metric)
+    return Case(name, given, 800, "grpo", 0, metric)
 
 
 OFFLINE = (

@@ -1,13 +1,19 @@
 """Bytes that gloo processes really move to reshard a model, against the plan and the HybridFlow paper's fractions.
 
-    python benchmarks/reshard_bytes.py [--skip-64]
+    python benchmarks/reshard_bytes.py [--skip-64] [--engines hf vllm] [--skip-table]
 
-One line a case and way of resharding, of a model of tensors that p and t divide: the paper's zero-redundancy grouping;
-plain generation groups of neighbours, where the plan still moves only what is missing; plain regrouping as the paper
-counts it (every rank gathers its replica's whole model); and gathering everything from ZeRO 3 (DeepSpeed-Chat). Each is
-executed by one process a rank, into tensors that are then compared with slices of the full ones. Fractions are of the
-model, received by the worst rank, and exact. Exits with 1 where a fraction, a tensor or a byte count is not what it
-must be; ends with `ratio <bytes moved / bytes of the paper's formula>` over the zero-redundancy cases.
+(i) One line a case and way of resharding, of a model of tensors that p and t divide: the paper's zero-redundancy
+grouping; plain generation groups of neighbours, where the plan still moves only what is missing; plain regrouping as
+the paper counts it (every rank gathers its replica's whole model); and gathering everything from ZeRO 3
+(DeepSpeed-Chat). Each is executed by one process a rank, into tensors that are then compared with slices of the full
+ones. Fractions are of the model, received by the worst rank, and exact.
+
+(ii) Real engines on Ray, from two data ranks of an actor (torch), by both transports (reshard_engines.py): what is
+sent, and what the engines' checksums prove to have come, against the sum of the shards that the engines' own loaders
+ask for.
+
+Exits with 1 where a fraction, a tensor or a byte count is not what it must be; ends with `ratio <bytes moved / bytes of
+the paper's formula, or of the shards>` over the zero-redundancy cases and the engines.
 """
 
 import argparse
@@ -190,14 +196,21 @@ def peak(plan: Plan) -> Fraction:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--skip-64", action="store_true", help="leave out the case of 64 processes")
+    parser.add_argument("--skip-table", action="store_true", help="leave out (i)")
+    parser.add_argument("--engines", nargs="*", choices=("hf", "vllm"), default=["hf", "vllm"], help="of (ii)")
     arguments = parser.parse_args()
     good, moved, formula = True, 0, Fraction(0)
-    for case, literal in CASES.items():
+    for case, literal in () if arguments.skip_table else CASES.items():
         if arguments.skip_64 and case[0] * case[1] * case[2] > 32:
             continue
         exact, case_moved, case_formula = report(case, literal)
         good, moved, formula = good and exact, moved + case_moved, formula + case_formula
-    print(f"ratio {float(moved / formula):.6f}")
+    if arguments.engines:
+        from reshard_engines import into_engines
+
+        exact, engines_moved, shards = into_engines(arguments.engines)
+        good, moved, formula = good and exact, moved + engines_moved, formula + shards
+    print(f"ratio {float(moved / formula) if formula else 1.0:.6f}")
     return 0 if good and moved == formula else 1
 
 

@@ -1,12 +1,14 @@
-"""DeepSpeed's ZeRO 0-3 against the torch engine: gradients before the step and weights after three steps.
+"""DeepSpeed's ZeRO 0-3 and tensor parallelism against the torch engine: log-probs, gradients before the step and
+weights after three steps.
 
     python benchmarks/zero_equivalence.py
 
 Prints one line a case and ends with `ratio <worst error / its tolerance>`; exits with 1 when a tolerance is missed.
 Float32, 1 and 2 ranks (gloo processes), 1 and 4 micro-batches a rank, SGD and AdamW (eps 1e-5), weight decay, active
 clipping; then, with SGD and 4 micro-batches on 2 ranks, the losses of four algorithms: a clipped ratio (PPO), a ratio
-of whole sequences (GSPO), pairs that are never split (DPO), and the whole vocabulary (GKD). The reference is the torch
-engine on one rank with all rows in one micro-batch.
+of whole sequences (GSPO), pairs that are never split (DPO), and the whole vocabulary (GKD). Then tensor parallelism on
+2 x 1 and 2 x 2 ranks (tensor x data), the token and the PPO loss. The reference is the torch engine on one rank with
+all rows in one micro-batch.
 """
 
 import argparse
@@ -56,7 +58,7 @@ OPTIMIZERS = {
     "adamw": OptimizerSettings(name="adamw", lr=1e-3, eps=1e-5, weight_decay=0.01),
 }
 CLIP = {"sgd": None, "adamw": 0.5}
-TOLERANCES = {"gradient": 1e-6, "sgd": 1e-6, "adamw": 1e-5}
+TOLERANCES = {"gradient": 1e-6, "sgd": 1e-6, "adamw": 1e-5, "logprobs": 5e-6}
 NUM_ROWS = 24
 
 
@@ -156,44 +158,50 @@ def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     return max(float((found[name] - expected[name]).abs().max()) for name in expected) / largest
 
 
-def cases(stages: list[int], num_ranks: int) -> Iterator[tuple[int, int, str, str]]:
+def cases(stages: list[int], shape: Shape) -> Iterator[tuple[int, int, str, str]]:
+    """(stage, micro-batches, optimizer, loss)"""
     for stage in stages:
+        if shape.tensor > 1:
+            yield from ((stage, 4, "sgd", "token"), (stage, 4, "sgd", "ppo"))
+            yield from ((stage, 1, "adamw", "token"),) if shape.data > 1 else ()
+            continue
         for accumulation in (1, 4):
             for optimizer in OPTIMIZERS:
                 yield stage, accumulation, optimizer, "token"
-        for loss in ("ppo", "gspo", "dpo", "gkd") if num_ranks > 1 else ():
+        for loss in ("ppo", "gspo", "dpo", "gkd") if shape.data > 1 else ():
             yield stage, 4, "sgd", loss
 
 
-def run_rank(rank: int, num_ranks: int, port: int, folder: Path, stages: list[int]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(num_ranks))
+def run_rank(rank: int, shape: Shape, port: int, folder: Path, stages: list[int]) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(shape.num_ranks))
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
-    model, everything = folder / "model", rows()
-    shard = everything.take(shard_rows(num_ranks)[rank])
-    references = {}
-    for optimizer, loss in dict.fromkeys((optimizer, loss) for _, _, optimizer, loss in cases(stages, num_ranks)):
+    model, everything, at = folder / "model", rows(), Coordinates(rank, shape)
+    shard = everything.take(shard_rows(shape.data)[at.data])
+    references, expected_logprobs = {}, torch.empty(0)
+    for optimizer, loss in dict.fromkeys((optimizer, loss) for _, _, optimizer, loss in cases(stages, shape)):
         alone = build_engine(
             model, settings("torch", optimizer, 10_000), Coordinates(0, Shape()), kind="causal_lm", trainable=True
         )
+        expected_logprobs = alone.forward(shard, ("logprobs",), 1.0)["logprobs"].flat
         references[optimizer, loss] = trajectory(alone, everything, LOSSES[loss])
     records = []
-    for stage, accumulation, optimizer, loss in cases(stages, num_ranks):
-        configured = settings("deepspeed", optimizer, budget(num_ranks, accumulation, LOSSES[loss]), stage)
-        engine = build_engine(
-            model, configured, Coordinates(rank, Shape(data=num_ranks)), kind="causal_lm", trainable=True
-        )
+    for stage, accumulation, optimizer, loss in cases(stages, shape):
+        configured = settings("deepspeed", optimizer, budget(shape.data, accumulation, LOSSES[loss]), stage)
+        engine = build_engine(model, configured, at, kind="causal_lm", trainable=True)
+        logprobs = engine.forward(shard, ("logprobs",), 1.0)["logprobs"].flat
         gradients, weights, norms = trajectory(engine, shard, LOSSES[loss])
         expected_gradients, expected_weights, expected_norms = references[optimizer, loss]
-        record = {"stage": stage, "accumulation": accumulation, "optimizer": optimizer, "ranks": num_ranks}
-        record["loss"] = loss
+        record = {"stage": stage, "accumulation": accumulation, "optimizer": optimizer, "loss": loss}
+        record["shape"] = f"{shape.tensor}x{shape.data}"
+        record["logprobs"] = float((logprobs - expected_logprobs).abs().max())
         record["gradient"] = relative_error(gradients, expected_gradients)
         record["weights"] = relative_error(weights, expected_weights)
         record["norm"] = max(abs(a / b - 1) for a, b in zip(norms, expected_norms, strict=True))
         record["clipped"] = CLIP[optimizer] is not None and min(norms) > CLIP[optimizer]
         records.append(record)
         engine.engine.destroy()
-    (folder / f"records-{num_ranks}-{rank}.json").write_text(json.dumps(records))
+    (folder / f"records-{shape.tensor}x{shape.data}-{rank}.json").write_text(json.dumps(records))
     torch.distributed.destroy_process_group()
 
 
@@ -203,45 +211,46 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def measure(num_ranks: int, folder: Path, stages: list[int]) -> list[dict[str, Any]]:
+def measure(shape: Shape, folder: Path, stages: list[int]) -> list[dict[str, Any]]:
     """The records of every rank."""
     context = multiprocessing.get_context("spawn")
-    port = free_port()
-    ranks = [
-        context.Process(target=run_rank, args=(rank, num_ranks, port, folder, stages)) for rank in range(num_ranks)
-    ]
+    port, numbers = free_port(), range(shape.num_ranks)
+    ranks = [context.Process(target=run_rank, args=(rank, shape, port, folder, stages)) for rank in numbers]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join()
     if any(process.exitcode for process in ranks):
         raise SystemExit(f"a rank failed: exit codes {[process.exitcode for process in ranks]}")
-    files = [folder / f"records-{num_ranks}-{rank}.json" for rank in range(num_ranks)]
+    files = [folder / f"records-{shape.tensor}x{shape.data}-{rank}.json" for rank in numbers]
     return [record for file in files for record in json.loads(file.read_text())]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--shapes", nargs="+", default=["1x1", "1x2", "2x1", "2x2"], help="tensor x data")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     worst = 0.0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         initialise(MODEL, folder / "model", seed=1)
-        print("ZeRO  ranks  micro-batches  optimizer  loss   gradient   weights    norm       clipped")
-        for num_ranks in arguments.ranks:
-            for record in measure(num_ranks, folder, arguments.stages):
+        print("ZeRO  shape  micro-batches  optimizer  loss   gradient   weights    norm       logprobs   clipped")
+        for name in arguments.shapes:
+            tensor, data = (int(size) for size in name.split("x"))
+            for record in measure(Shape(tensor=tensor, data=data), folder, arguments.stages):
                 print(
-                    f"{record['stage']:>4} {record['ranks']:>6} {record['accumulation']:>14}  {record['optimizer']:<9} "
+                    f"{record['stage']:>4} {record['shape']:>6} {record['accumulation']:>14}  {record['optimizer']:<9} "
                     f" {record['loss']:<5} {record['gradient']:>9.1e}  {record['weights']:>9.1e}  "
-                    f"{record['norm']:>9.1e}  {record['clipped']}"
+                    f"{record['norm']:>9.1e}  {record['logprobs']:>9.1e}  {record['clipped']}"
                 )
                 worst = max(
                     worst,
                     record["gradient"] / TOLERANCES["gradient"],
+                    record["norm"] / TOLERANCES["gradient"],
                     record["weights"] / TOLERANCES[record["optimizer"]],
+                    record["logprobs"] / TOLERANCES["logprobs"],
                 )
     print(f"ratio {worst:.3f}")
     raise SystemExit(0 if worst <= 1 else 1)

@@ -21,11 +21,12 @@ from hybridflow.checkpoint.store import CheckpointStore
 from hybridflow.config.algorithm_checks import algorithm_context
 from hybridflow.config.cross_checks import check_limits
 from hybridflow.config.locate import import_name
+from hybridflow.config.model_numbers import complete, folder_facts
 from hybridflow.config.model_paths import local_model, local_tokenizer
+from hybridflow.config.placement_checks import check_cuts
 from hybridflow.config.problems import Problems
 from hybridflow.config.run_config import RunConfig
 from hybridflow.config.vocabularies import check_vocabulary
-from hybridflow.controller.coordinates import Shape
 from hybridflow.controller.local_runtime import LocalRuntime
 from hybridflow.controller.ray_runtime import RayRuntime
 from hybridflow.data.prompts import PromptSource
@@ -179,22 +180,26 @@ def prepare_model(config: RunConfig, folder: RunFolder, names: tuple[str, ...]) 
 
         path = folders["model.path"]
         facts, tokenizer = AutoConfig.from_pretrained(path), load_tokenizer(tokenizer_name, str(path))
-        if "rollout" in names:
-            problems = Problems()  # of a hub id's model, which nobody could read before
-            check_limits(config, facts.to_dict(), problems, tokenizer)
-            problems.raise_if_any()
-        _check_vocabularies(own, tokenizer)
+        _check_models(config, names, own, facts.to_dict(), tokenizer)
         return Model(path, tokenizer, tokenizer_name or str(path), facts.vocab_size, own)
     initial, tokenizer = folder.path / "initial_model", load_tokenizer(tokenizer_name)
-    _check_vocabularies(own, tokenizer)
+    _check_models(config, names, own, {}, tokenizer)
     build = import_name(config.model.builder or "")
     build(config.model.config, initial, config.seed, tokenizer)
     return Model(initial, tokenizer, tokenizer_name or str(initial), len(tokenizer), own)
 
 
-def _check_vocabularies(own: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Of models that came from the hub only now, too."""
+def _check_models(
+    config: RunConfig, names: tuple[str, ...], own: Mapping[str, Path], facts: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:  # fmt: skip
+    """What nobody could read before, of models that came from the hub only now. facts: the config of the run's model;
+    empty for one that is made from a config, which was checked with it."""
     problems = Problems()
+    if facts and "rollout" in names:
+        check_limits(config, facts, problems, tokenizer)
+    for name in names:
+        check_cuts(config, name, complete(folder_facts(own[name])) if name in own else facts, problems)
     for name, path in own.items():
         check_vocabulary(f"instances.{name}.model", path, tokenizer, problems)
     problems.raise_if_any()
@@ -233,17 +238,20 @@ def make_groups(config: RunConfig, runtime: Any, names: tuple[str, ...], model: 
     """One worker group a role instance, in the pool that the placement names."""
     places = {name: place for name in names if (place := config.place(name)) is not None}
     pools = {}
-    for pool_name, pool in config.used_pools(names).items():
+    for pool_name, settings in config.used_pools(names).items():
         tenants = sum(place.pool == pool_name for place in places.values())
         pools[pool_name] = runtime.pool(
-            pool_name, pool.ranks, cpus_per_bundle=pool.cpus_per_rank, gpus_per_bundle=pool.gpus_per_rank,
+            pool_name, settings.ranks, cpus_per_bundle=settings.cpus_per_rank, gpus_per_bundle=settings.gpus_per_rank,
             max_groups=tenants,
         )  # fmt: skip
     groups = {}
     for name in names:
         worker_class = import_name(config.worker(name) or "")
         factory = partial(worker_class, **worker_arguments(config, name, model))
-        groups[name] = runtime.group(name, factory, pools[places[name].pool], Shape(data=config.ranks(name)))
+        pool = pools[places[name].pool]
+        groups[name] = runtime.group(
+            name, factory, pool, config.shape(name), bundles_per_rank=config.bundles_per_rank(name)
+        )
     return groups
 
 

@@ -9,6 +9,7 @@ from hybridflow import launch
 from hybridflow.config.load import load
 from hybridflow.config.model_paths import could_be_hub_id
 from hybridflow.config.run_config import RunConfig
+from hybridflow.controller.coordinates import Shape
 from hybridflow.errors import ConfigError
 from hybridflow.tracking.run_folder import RunFolder
 from workers.training.modeling import initialise
@@ -81,6 +82,39 @@ def test_what_check_could_not_know_of_a_hub_model_is_told_when_it_is_here(snapsh
     config = load(["model=pretrained", "model.path=org/model", "rollout.sampling.max_response_tokens=500"])
     with pytest.raises(ConfigError, match=r"rollout.sampling.max_response_tokens: .* max_position_embeddings is 64"):
         prepared(config, tmp_path)
+
+
+def test_a_hub_model_that_cannot_be_cut_so_is_refused_when_it_is_here(snapshot: list[str], tmp_path: Path) -> None:
+    sizes = ["placement.pools.all.ranks=3", "placement.pools.all.cpus_per_rank=0.5", "placement.roles.actor.tensor=3"]
+    short = ["data.max_prompt_tokens=32", "rollout.sampling.max_response_tokens=6"]
+    config = load(["model=pretrained", "model.path=org/model", *sizes, *short])
+    with pytest.raises(ConfigError, match=r"placement.roles.actor.tensor: found 3; .* 4 attention heads.*: 1, 2, 4$"):
+        prepared(config, tmp_path)
+    judged = load(["model=tiny", JUDGE, *sizes, "placement.roles.actor.tensor=1", "+placement.roles.judge={pool: all}",
+                   "placement.roles.judge.tensor=3"])  # fmt: skip
+    with pytest.raises(ConfigError, match=r"placement.roles.judge.tensor: found 3; .* 4 attention heads.*: 1, 2, 4$"):
+        prepared(judged, tmp_path, "judge")
+
+
+def test_groups_get_the_shapes_of_the_placement(snapshot: list[str], tmp_path: Path) -> None:
+    made: dict[str, tuple[object, ...]] = {}
+
+    class Runtime:
+        def pool(self, name: str, num_bundles: int, **settings: object) -> tuple[str, int]:
+            return name, num_bundles
+
+        def group(self, name: str, factory: object, pool: object, shape: Shape, bundles_per_rank: int) -> None:
+            made[name] = (pool, shape, bundles_per_rank)
+
+    given = ["placement.pools.all.ranks=4", "placement.pools.all.cpus_per_rank=0.5", "placement.roles.actor.tensor=2"]
+    config = load([*given, "rollout.tensor_parallel_size=2", "placement.roles.reward.ranks=1"])
+    model = launch.Model(tmp_path, launch.load_tokenizer("char"), "char", 82, {})
+    launch.make_groups(config, Runtime(), ("actor", "rollout", "reward"), model)
+    assert made == {
+        "actor": (("all", 4), Shape(tensor=2, data=2), 1),
+        "rollout": (("all", 4), Shape(data=2), 2),
+        "reward": (("all", 4), Shape(), 1),
+    }
 
 
 def test_a_folder_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,21 @@
 """The actor: the policy under training, and the source of the engines' weights."""
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from hybridflow.batch import Batch, Ragged
 from hybridflow.batch_ref import BatchRef
 from hybridflow.controller.dispatch import dispatch
-from hybridflow.resharding.proofs import Receipt, receipt
-from hybridflow.resharding.weights import pack, to_batch
+from hybridflow.resharding.incoming import Checksums, Outgoing, expected_checksums
+from hybridflow.resharding.transport import Offer, RankLayout, Transport
 from workers.model_worker import LanguageModelWorker
 
 
 class ActorWorker(LanguageModelWorker):
+    _offered: Mapping[str, Tensor]
+
     @dispatch("3D_PROTO", needs=("tokens",))
     def reference_logprobs(self, batch: BatchRef, temperature: float, column: str) -> Batch:
         """`logprobs` of the policy before training, where the actor trains an adapter beside its weights."""
@@ -18,15 +23,22 @@ class ActorWorker(LanguageModelWorker):
         return Batch({column: self.engine.reference_forward(rows, ("logprobs",), temperature)["logprobs"]})
 
     @dispatch("ONE_TO_ALL")
-    def send_weights(self, probe: list[int], bucket_bytes: int) -> tuple[list[BatchRef], Receipt] | None:
-        """Rank 0 offers the full weights as buckets in its store, and says what an engine must prove of them.
+    def layout(self) -> RankLayout:
+        """What this rank holds of the policy, and where."""
+        device = next(iter(self.engine.storages().values())).device
+        return RankLayout.here(self.engine.layout(), device.type)
 
-        Every rank takes part: gathering sharded weights and the probe's forward pass are collective.
-        """
+    @dispatch("ALL_TO_ALL")
+    def offer(self, outgoing: Outgoing, transport: Transport) -> Offer:
+        """Make what leaves this rank readable for the engines. Every rank takes part: merging an adapter into sharded
+        weights is collective."""
+        self._offered = self.engine.storages()
+        return transport.offer(outgoing, self._offered, self.context.store)
+
+    @dispatch("ALL_TO_ALL")
+    def prove(self, outgoing: Outgoing, probe: list[int]) -> tuple[Checksums, list[float]]:
+        """What an engine must answer: the checksums of what `offer` made readable, and the log-probs of `probe[1:]`,
+        for which every rank runs the model."""
         probe_row = Batch({"tokens": Ragged.from_rows([probe], dtype=torch.int64)})
-        probe_logprobs = self.engine.forward(probe_row, ("logprobs",), 1.0)["logprobs"].flat[1:].tolist()
-        weights = self.engine.state_dict()
-        if self.context.coordinates.rank != 0:
-            return None
-        offered = [BatchRef.put(to_batch([bucket]), self.context.store) for bucket in pack(weights, bucket_bytes)]
-        return offered, receipt(weights, probe_logprobs)
+        logprobs = self.engine.forward(probe_row, ("logprobs",), 1.0)["logprobs"].flat[1:].tolist()
+        return expected_checksums(outgoing, self._offered), logprobs

@@ -1,7 +1,6 @@
 """The rollout role: one generation engine on each rank."""
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -12,9 +11,9 @@ from hybridflow.batch_ref import BatchRef
 from hybridflow.controller.dispatch import dispatch
 from hybridflow.controller.worker import Worker, WorkerContext
 from hybridflow.data.tokenizers import continuation_ids, load_tokenizer
-from hybridflow.errors import ConfigError
-from hybridflow.resharding.proofs import Receipt
-from hybridflow.resharding.weights import Bucket, from_batch, merge
+from hybridflow.errors import ConfigError, WeightSyncError
+from hybridflow.resharding.proofs import PlannedReceipt
+from hybridflow.resharding.transport import Delivery, RankLayout
 from hybridflow.spans import span
 from workers.generation.base import GenerationEngine, Request, Sample, Sampling
 from workers.generation.interruption import generate_interrupted
@@ -49,6 +48,7 @@ class RolloutWorker(Worker):
         super().__init__(context)
         self.settings = settings
         self.num_aborts = 0
+        self._unproven = ""
         texts = {s.interruption.text for s in (settings.sampling, settings.validation) if s.interruption is not None}
         self._forced = {text: continuation_ids(load_tokenizer(tokenizer, model_folder), text) for text in texts}
         self.engine = build_engine(Path(model_folder), settings, replica=context.coordinates.rank)
@@ -60,6 +60,8 @@ class RolloutWorker(Worker):
         Writes tokens, response_mask, rollout_logprobs, versions, prompt_length, response_length, num_tokens, truncated,
         interrupted.
         """
+        if self._unproven:
+            raise WeightSyncError(f"rollout: {self._unproven}; send the weights again before generating")
         if not requests.num_rows:
             return
         optional = tuple(name for name in ("greedy",) if name in requests)
@@ -82,14 +84,25 @@ class RolloutWorker(Worker):
         return generate_interrupted(self.engine, wanted, sampling, forced, lambda: self.num_aborts)
 
     @dispatch("ONE_TO_ALL")
-    def receive(self, version: int, buckets: Sequence[BatchRef], probe: list[int]) -> Receipt:
-        """Replace the engine's weights by those of the buckets (`hybridflow.resharding.weights`) and prove it."""
-        with span("receive"):
-            weights = merge(chain.from_iterable(self._buckets(ref) for ref in buckets))
-            return self.engine.receive(version, weights, probe)
+    def layout(self) -> RankLayout:
+        """What the engine's tensor ranks must be given, and where they are."""
+        return RankLayout.here(self.engine.layout())
 
-    def _buckets(self, ref: BatchRef) -> list[Bucket]:
-        return from_batch(self.fetch(ref, ("weight_bytes", "weight_manifest")))
+    @dispatch("ALL_TO_ALL")
+    def receive(self, delivery: Delivery) -> PlannedReceipt:
+        """Replace the engine's weights by the slices that the plan names, and say what it holds now. The engine does
+        not generate before `trust`: whatever fails here or elsewhere, none serves weights that are not proven."""
+        self._unproven = f"weights of version {delivery.version} are not proven yet"
+        with span("receive"):
+            taken = delivery.transport.take(delivery.incoming, delivery.offers, self.context.store)
+            return self.engine.receive_planned(
+                delivery.version, taken.incoming, taken.publications, list(delivery.probe)
+            )
+
+    @dispatch("ONE_TO_ALL")
+    def trust(self) -> None:
+        """The weights as received are those that were sent, in every engine."""
+        self._unproven = ""
 
     @dispatch("ONE_TO_ALL", control=True)
     def pause(self) -> None:

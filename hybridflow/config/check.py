@@ -2,13 +2,15 @@
 
 from hybridflow.algorithm import Algorithm
 from hybridflow.config.cross_checks import model_roles
+from hybridflow.config.layout_table import layout_table
 from hybridflow.config.locate import import_name
 from hybridflow.config.response_lengths import longest_responses
 from hybridflow.config.run_config import RunConfig
 
 
 def report(config: RunConfig) -> str:
-    """Prompts, samples, optimizer steps, sequences a rank, micro-batches and tokens of a step, and who runs where."""
+    """Prompts, samples, optimizer steps, sequences a rank, micro-batches and tokens of a step, and who runs where; then
+    the bytes of every role in every phase."""
     algorithm: type[Algorithm] = import_name(config.algorithm.target)
     needed = algorithm.required_roles(config.algorithm.config)
     roles = config.with_ranks(needed)
@@ -21,7 +23,9 @@ def report(config: RunConfig) -> str:
         *((role, "the actor's weights, its adapter off: no ranks of its own") for role in needed if role not in roles),
     ]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    listed = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    table = layout_table(config, roles, algorithm.product)
+    return f"{listed}\n\n{table}" if table else listed
 
 
 def longest_row(config: RunConfig, online: bool) -> int:
@@ -95,13 +99,17 @@ def _engine_rows(config: RunConfig, algorithm: type[Algorithm], role: str) -> li
     instance = config.instance(role)
     if instance is None or config.place(role) is None:
         return []
-    ranks = config.ranks(role)
+    data = config.shape(role).data
     budget = getattr(instance.engine, "tokens_per_micro_batch", None)
     samples = config.trainer.prompts_per_step * algorithm.samples_per_prompt(config.algorithm.config)
     per_update = algorithm.sequences_per_update(config.algorithm.config, config.trainer.prompts_per_step)
     frozen = instance.type in ("reference", "reward_model") and role != algorithm.product
-    sequences = -(-(samples if frozen else per_update) // ranks)
-    text = f"{sequences} sequences a rank ({ranks} ranks)"
+    rows = samples if frozen else per_update
+    sequences = -(-rows // data)
+    over = f"{data} ranks" if data == config.ranks(role) else f"{data} of data among {config.ranks(role)} ranks"
+    text = f"{sequences} sequences a rank ({over})"
+    if rows < data:
+        text += f", {data - rows} of them idle"
     if budget is not None:
         longest = longest_row(config, algorithm.online)
         rows_each = max(1, budget // longest)

@@ -1,7 +1,5 @@
 """What no section can know alone: combinations, files, packages, cores. All are checked; none raises."""
 
-import json
-import math
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -10,6 +8,9 @@ from typing import Any
 
 from hybridflow.algorithm import Algorithm
 from hybridflow.config.algorithm_checks import check_context, check_extra_data, check_rows
+from hybridflow.config.model_numbers import model_facts
+from hybridflow.config.model_paths import VALUE_HEAD_FILE
+from hybridflow.config.placement_checks import check_placement, engine_key
 from hybridflow.config.problems import Problems, choice
 from hybridflow.config.response_lengths import check_forced_texts, local_tokenizer_of, longest_responses
 from hybridflow.config.run_config import MODEL_TYPES, RunConfig
@@ -33,39 +34,29 @@ def cross_check(config: RunConfig, algorithm: type[Algorithm], problems: Problem
     roles = config.with_ranks(known)
     _workers(config, roles, problems)
     _placement(config, roles, problems)
+    check_placement(config, roles, problems)
     _packages(config, roles, problems)
     _data(config, algorithm, problems)
     check_rows(config, algorithm, problems)
     check_extra_data(config, algorithm, problems)
     check_context(config, algorithm, problems)
     _vocabularies(config, roles, problems)
+    _reward_heads(config, roles, algorithm.product, problems)
     if algorithm.online:
         _sampling(config, problems)
     if "rollout" in roles:
         check_limits(config, model_facts(config), problems)
         check_forced_texts(config, problems)
+        _language_model_heads(config, problems)
     for line in algorithm.model_problems(config.algorithm.config, model_facts(config)):
         problems.add_line(line, "algorithm")
     if config.runtime == "local":
         _local(config, roles, problems)
 
 
-def model_facts(config: RunConfig) -> dict[str, Any]:
-    """The Hugging Face config where it can be read without a download; empty for a hub id."""
-    if config.model.config is not None:
-        return config.model.config
-    file = Path(config.model.path or "") / "config.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
 def model_roles(config: RunConfig, roles: tuple[str, ...]) -> list[str]:
     """Those that run a model in a training engine."""
     return [role for role in roles if config.role_type(role) in MODEL_TYPES]
-
-
-def engine_key(config: RunConfig, role: str) -> str:
-    """Where a person sets the role's engine."""
-    return f"instances.{role}.engine" if role in config.instances else f"{role}.engine"
 
 
 def _workers(config: RunConfig, roles: tuple[str, ...], problems: Problems) -> None:
@@ -159,6 +150,19 @@ def _vocabularies(config: RunConfig, roles: tuple[str, ...], problems: Problems)
             check_vocabulary(f"instances.{role}.model", folder, tokenizer, problems)
 
 
+def _reward_heads(config: RunConfig, roles: tuple[str, ...], trained: str, problems: Problems) -> None:
+    """A frozen reward model must have been one before: a new head scores every text 0."""
+    for role in roles:
+        found = config.instance(role)
+        if found is None or found.type != "reward_model" or role == trained:
+            continue
+        folder, lora = Path(found.model or config.model.path or ""), getattr(found.engine, "lora", None)
+        places = [folder, *([Path(lora.init_from)] if lora is not None and lora.init_from is not None else [])]
+        if (folder / "config.json").is_file() and not any((place / VALUE_HEAD_FILE).is_file() for place in places):
+            text = f"found {str(folder)!r}, which has no {VALUE_HEAD_FILE}; allowed: the model/ folder of a run of"
+            problems.add(f"instances.{role}.model", f"{text} algorithm=reward_model or process_reward_model")
+
+
 def _sampling(config: RunConfig, problems: Problems) -> None:
     """A loss compares probabilities under the whole distribution with those of the one that was sampled from."""
     sampling = getattr(config.rollout, "sampling", None)
@@ -176,6 +180,18 @@ def _sampling(config: RunConfig, problems: Problems) -> None:
             problems.add(f"rollout.sampling.{name}", text)
 
 
+def _language_model_heads(config: RunConfig, problems: Problems) -> None:
+    """Trainer and rollout, both below float32, are to multiply by the head alike: they differ least when both widen."""
+    both = (config.actor.engine, config.rollout)
+    if any(getattr(engine, "dtype", "float32") in ("float32", "float64") for engine in both):
+        return
+    trainer, rollout = (getattr(engine, "float32_head", False) for engine in both)
+    if trainer != rollout:
+        key = f"{engine_key(config, 'actor')}.float32_head"
+        text = f"found {str(trainer).lower()}; allowed: {str(rollout).lower()}, as rollout.float32_head"
+        problems.add(key, f"{text}, or change both: one float32 head alone is worse than none")
+
+
 def check_limits(
     config: RunConfig,
     facts: Mapping[str, Any],
@@ -184,7 +200,6 @@ def check_limits(
 ) -> None:
     """What the rollout asks of the model. `facts`: its Hugging Face config. tokenizer: the run's, where it is here."""
     _lengths(config, facts, problems, longest_responses(config, tokenizer))
-    _heads(config, facts, problems)
 
 
 def _lengths(config: RunConfig, facts: Mapping[str, Any], problems: Problems, responses: Mapping[str, int]) -> None:
@@ -199,14 +214,6 @@ def _lengths(config: RunConfig, facts: Mapping[str, Any], problems: Problems, re
             if longest > limit:
                 found = f"found {response}; with data.max_prompt_tokens={config.data.max_prompt_tokens} that makes"
                 problems.add(key, f"{found} {longest} tokens, and {name} is {limit}")
-
-
-def _heads(config: RunConfig, facts: Mapping[str, Any], problems: Problems) -> None:
-    heads, size = facts.get("num_attention_heads"), getattr(config.rollout, "tensor_parallel_size", 1)
-    if isinstance(heads, int) and heads % size:
-        allowed = ", ".join(str(d) for d in range(1, heads + 1) if math.gcd(d, heads) == d)
-        text = f"found {size}; it must divide the model's {heads} attention heads: {allowed}"
-        problems.add("rollout.tensor_parallel_size", text)
 
 
 def _local(config: RunConfig, roles: tuple[str, ...], problems: Problems) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, SerializeAsAny, model_validator
 
 from hybridflow.config.locate import name_of
+from hybridflow.controller.coordinates import Shape
 from hybridflow.controller.settings import RaySettings
 from hybridflow.data.settings import DataSettings
 from hybridflow.rewards.settings import RewardSettings
@@ -109,10 +110,17 @@ class PoolSettings(Settings):
 
 
 class RolePlacement(Settings):
-    """ranks: null takes all of the pool's."""
+    """ranks: null takes all that the pool has room for. pipeline, tensor: sizes p and t of a role that runs a model;
+    the data ranks are ranks / (pipeline x tensor).
+
+    The rollout's ranks are its replicas. Each hosts the workers of one engine, rollout.tensor_parallel_size of them,
+    and takes as many of the pool's bundles.
+    """
 
     pool: str
     ranks: int | None = Field(None, gt=0)
+    pipeline: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1)
 
 
 class PlacementSettings(Settings):
@@ -207,16 +215,28 @@ class RunConfig(GeneralSettings):
         """Those of the instances that have ranks of their own."""
         return tuple(name for name in names if not self.shares_actor(name))
 
+    def placed_as(self, name: str) -> str:
+        """The entry of the placement that says where the instance runs: its own, else that of its type's usual one."""
+        kind = self.role_type(name) or ""
+        return name if name in self.placement.roles else {"reward_model": "reward"}.get(kind, kind)
+
     def place(self, name: str) -> RolePlacement | None:
-        """Where the instance runs: its own entry in the placement, else where its type's usual instance does."""
-        kind = self.role_type(name)
-        usual = {"reward_model": "reward"}.get(kind or "", kind or "")
-        return self.placement.roles.get(name) or self.placement.roles.get(usual)
+        return self.placement.roles.get(self.placed_as(name))
+
+    def bundles_per_rank(self, name: str) -> int:
+        """Of the pool: a rollout rank takes one for each worker of its engine."""
+        return getattr(self.rollout, "tensor_parallel_size", 1) if self.role_type(name) == "rollout" else 1
 
     def ranks(self, name: str) -> int:
         place = self.place(name)
         assert place is not None, f"{name} has no placement"
-        return place.ranks or self.placement.pools[place.pool].ranks
+        return place.ranks or self.placement.pools[place.pool].ranks // self.bundles_per_rank(name)
+
+    def shape(self, name: str) -> Shape:
+        """p, t and d of the instance's group; the placement is checked to divide."""
+        place = self.place(name)
+        assert place is not None, f"{name} has no placement"
+        return Shape(place.pipeline, place.tensor, self.ranks(name) // (place.pipeline * place.tensor))
 
     def used_pools(self, names: tuple[str, ...]) -> dict[str, PoolSettings]:
         """The pools that at least one of the instances runs in."""

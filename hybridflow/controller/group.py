@@ -150,13 +150,18 @@ class WorkerGroup:
 
 
 def admit(
-    name: str, factory: Callable[..., Any], pool: Pool, shape: Shape, groups: Sequence[WorkerGroup]
+    name: str,
+    factory: Callable[..., Any],
+    pool: Pool,
+    shape: Shape,
+    groups: Sequence[WorkerGroup],
+    bundles_per_rank: int = 1,
 ) -> type[Worker]:
     """Take a new group into a pool, or say why not. Returns the class whose methods it offers."""
     worker_class = worker_class_of(factory, name)
     if name in (group.name for group in groups):
         raise ConfigError(f"group {name!r} exists already in this run")
-    pool.admit(name, shape.num_ranks)
+    pool.admit(name, shape.num_ranks, bundles_per_rank)
     return worker_class
 
 

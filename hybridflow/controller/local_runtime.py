@@ -100,9 +100,10 @@ class LocalRuntime:
         pool: Pool,
         shape: Shape,
         env: Mapping[str, str] | None = None,
+        bundles_per_rank: int = 1,
     ) -> WorkerGroup:
         """Build the worker here and now. `env` is not applied: the process is the caller's."""
-        worker_class = admit(name, factory, pool, shape, self._groups)
+        worker_class = admit(name, factory, pool, shape, self._groups, bundles_per_rank)
         log = self.run_folder / "logs" / f"{name}-0.log"
         context = WorkerContext(name, Coordinates(0, shape), self.store, "localhost", 0, "local", self.run_folder)
         try:

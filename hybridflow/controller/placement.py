@@ -29,19 +29,35 @@ class Pool:
     nodes: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
 
-    def admit(self, group: str, num_ranks: int) -> None:
+    def admit(self, group: str, num_ranks: int, bundles_per_rank: int = 1) -> None:
         """Register a group, or say why it does not fit."""
-        if num_ranks > self.num_bundles:
+        if num_ranks * bundles_per_rank > self.num_bundles:
+            takes = "one bundle" if bundles_per_rank == 1 else f"{bundles_per_rank} bundles"
             raise ConfigError(
                 f"{group}: {num_ranks} ranks asked for, but pool {self.name!r} has {self.num_bundles} bundles; "
-                "one rank of a group takes one bundle"
+                f"one rank of this group takes {takes}"
             )
+        for rank in range(num_ranks):
+            self._refuse_apart(group, rank, self.bundles_of(rank, bundles_per_rank))
         if len(self.groups) == self.max_groups:
             raise ConfigError(
                 f"{group}: pool {self.name!r} was made for max_groups={self.max_groups} and already holds "
                 f"{', '.join(self.groups)}; raise max_groups"
             )
         self.groups.append(group)
+
+    def bundles_of(self, rank: int, bundles_per_rank: int) -> list[int]:
+        """Neighbours in `order`. The rank's process lives in the first; the others are held for what it starts."""
+        places = range(rank * bundles_per_rank, (rank + 1) * bundles_per_rank)
+        return [self.order[k] if self.order else k for k in places]
+
+    def _refuse_apart(self, group: str, rank: int, bundles: Sequence[int]) -> None:
+        nodes = sorted({self.nodes[bundle] for bundle in bundles}) if self.nodes else []
+        if len(nodes) > 1:
+            raise ConfigError(
+                f"{group}: rank {rank} takes {len(bundles)} bundles of one node, but those of pool {self.name!r} that "
+                f"come next are on {' and '.join(nodes)}; make the bundles of each node a multiple of {len(bundles)}"
+            )
 
     @property
     def rank_resources(self) -> dict[str, float]:

@@ -149,13 +149,18 @@ class RayRuntime:
         pool: Pool,
         shape: Shape,
         env: Mapping[str, str] | None = None,
+        bundles_per_rank: int = 1,
     ) -> WorkerGroup:
-        """Start the ranks and their construction; returns at once. `ready` waits for it and raises what went wrong."""
-        worker_class = admit(name, factory, pool, shape, self._groups)
+        """Start the ranks and their construction; returns at once. `ready` waits for it and raises what went wrong.
+
+        bundles_per_rank: a rank that starts processes of its own takes several neighbouring bundles of one node.
+        """
+        worker_class = admit(name, factory, pool, shape, self._groups, bundles_per_rank)
         prefix = f"{self.id}/{name}"
         logs = [self.run_folder / "logs" / f"{name}-{rank}.log" for rank in range(shape.num_ranks)]
+        bundles = [pool.bundles_of(rank, bundles_per_rank) for rank in range(shape.num_ranks)]
         hosts = [
-            self._host(name, pool, prefix, rank, shape.num_ranks, str(logs[rank]), dict(env or {}))
+            self._host(name, pool, prefix, rank, bundles, str(logs[rank]), dict(env or {}))
             for rank in range(shape.num_ranks)
         ]
         master = hosts[0].address.remote()
@@ -168,24 +173,23 @@ class RayRuntime:
         self._groups.append(group)
         return group
 
-    def _host(self, name: str, pool: Pool, prefix: str, rank: int, world: int, log: str, extra: dict[str, str]) -> Any:
-        bundle = pool.order[rank]
-        local_rank = sum(pool.nodes[pool.order[k]] == pool.nodes[bundle] for k in range(rank))
+    def _host(
+        self, name: str, pool: Pool, prefix: str, rank: int, bundles: Sequence[list[int]], log: str, env: dict[str, str]
+    ) -> Any:
+        """bundles: of every rank of the group; a rank's process lives in the first of its own."""
+        bundle = bundles[rank][0]
+        local_rank = sum(pool.nodes[earlier[0]] == pool.nodes[bundle] for earlier in bundles[:rank])
         env = {
             "RANK": str(rank),
-            "WORLD_SIZE": str(world),
+            "WORLD_SIZE": str(len(bundles)),
             "LOCAL_RANK": str(local_rank),
             "OMP_NUM_THREADS": "1",
             RUN_MARK: self.id,
-            **extra,
+            **_visible_devices(pool, bundles[rank]),
+            **env,
         }
         options = Host.options(  # type: ignore[attr-defined]
-            name=actor_name(prefix, rank),
-            namespace=NAMESPACE,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                pool.placement, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=False
-            ),
-            **pool.rank_resources,
+            name=actor_name(prefix, rank), namespace=NAMESPACE, **_inside(pool, bundle)
         )
         return options.remote(name, rank, log, env)
 
@@ -209,6 +213,27 @@ class RayRuntime:
             pool.lane.close() if isinstance(pool.lane, ThreadLane) else None
         if self._owns_ray:
             ray.shutdown()
+
+
+def _visible_devices(pool: Pool, bundles: Sequence[int]) -> dict[str, str]:
+    """The GPUs of all of a rank's bundles: Ray shows an actor those of its own bundle alone. Nothing for one bundle."""
+    if len(bundles) == 1 or not pool.gpus_per_bundle:
+        return {}
+    asked = [_bundle_devices.options(**_inside(pool, bundle)).remote() for bundle in bundles]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(device for found in ray.get(asked) for device in found)}
+
+
+def _inside(pool: Pool, bundle: int) -> dict[str, Any]:
+    """Options of an actor or task that takes its share of this bundle."""
+    strategy = PlacementGroupSchedulingStrategy(
+        pool.placement, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=False
+    )
+    return {"scheduling_strategy": strategy, **pool.rank_resources}
+
+
+@ray.remote
+def _bundle_devices() -> list[str]:
+    return [str(device) for device in ray.get_gpu_ids()]
 
 
 def ray_ranks(group: WorkerGroup) -> RayRanks:

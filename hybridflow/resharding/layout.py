@@ -10,7 +10,7 @@ one rank, seen flat: a whole parameter, a fused one (`qkv_proj.weight` holds sli
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -240,6 +240,57 @@ class LayoutBuilder:
             strides=table[:, 10:13],
         )
         return Layout(self.parameters, tuple(self._storages), pieces, tuple(ranks))
+
+
+def renumbered(layout: Layout, offset: int) -> Layout:
+    """The same layout with every rank's number raised by `offset`."""
+    storages = tuple(replace(storage, rank=storage.rank + offset) for storage in layout.storages)
+    pieces = replace(layout.pieces, rank=layout.pieces.rank + offset)
+    return Layout(layout.parameters, storages, pieces, tuple(rank + offset for rank in layout.ranks))
+
+
+def combined(layouts: Sequence[Layout]) -> Layout:
+    """One layout of the ranks of all of these, each of which describes its own ranks of one model.
+
+    Raises WeightSyncError where two name the same rank, or list other parameters.
+    """
+    if not layouts:
+        raise WeightSyncError("layout: nothing to combine; every group has at least one rank")
+    parameters = layouts[0].parameters
+    ranks = [rank for layout in layouts for rank in layout.ranks]
+    if twice := sorted({rank for rank in ranks if ranks.count(rank) > 1}):
+        raise WeightSyncError(f"layout: ranks {twice} are described twice; each rank describes itself")
+    for layout in layouts[1:]:
+        odd = [one.name for one, other in zip(parameters, layout.parameters, strict=False) if one != other]
+        if odd or len(parameters) != len(layout.parameters):
+            found = odd[0] if odd else f"{len(parameters)} and {len(layout.parameters)} of them"
+            raise WeightSyncError(
+                f"layout: ranks {layouts[0].ranks} and {layout.ranks} list different parameters (first: {found}); all "
+                "ranks of a group list the model's parameters in one order, those they do not hold included"
+            )
+    first_storage = np.cumsum([0, *(len(layout.storages) for layout in layouts[:-1])])
+    columns = {
+        name: np.concatenate([getattr(layout.pieces, name) for layout in layouts]) for name in Pieces.__annotations__
+    }
+    columns["storage"] = columns["storage"] + np.repeat(first_storage, [len(layout.pieces) for layout in layouts])
+    order = np.lexsort((columns["offset"], columns["storage"], columns["rank"], columns["parameter"]))
+    pieces = Pieces(**{name: column[order] for name, column in columns.items()})
+    return Layout(parameters, tuple(s for layout in layouts for s in layout.storages), pieces, tuple(ranks))
+
+
+def refuse_other_tensors(storages: Iterable[Storage], tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise WeightSyncError unless a rank has all of these storages, each contiguous, of its size and dtype."""
+    for storage in storages:
+        tensor = tensors.get(storage.name)
+        at = f"{where} rank {storage.rank}, {storage.name}"
+        if tensor is None:
+            raise WeightSyncError(f"{at}: the layout has it, the rank does not")
+        found = (tensor.numel(), tensor.dtype)
+        if found != (storage.num_elements, dtype_of(storage.dtype)) or not tensor.is_contiguous():
+            raise WeightSyncError(
+                f"{at}: {found[0]} elements of {found[1]}{'' if tensor.is_contiguous() else ', not contiguous'}; the "
+                f"layout has {storage.num_elements} contiguous ones of {storage.dtype}"
+            )
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -9,9 +9,12 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from hybridflow.errors import WeightSyncError
+from hybridflow.resharding.incoming import Checksums
+from hybridflow.resharding.plan import Move, Plan
 from hybridflow.resharding.weights import as_bytes
 
 MAX_NAMED = 5
@@ -28,6 +31,48 @@ class Receipt:
     num_elements: Mapping[str, int]
     checksums: Mapping[str, int]
     probe_logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class PlannedReceipt:
+    """What an engine proves after a planned transfer. checksums: of every move of its tensor ranks as received, by row
+    of the plan; a row that is missing was not written. probe_logprobs: of `probe[1:]` given prefixes."""
+
+    checksums: Checksums
+    probe_logprobs: list[float]
+
+
+def verify_planned(
+    plan: Plan, sent: Checksums, sent_logprobs: Sequence[float], receipts: Sequence[PlannedReceipt], tolerance: float
+) -> None:
+    """Raise WeightSyncError unless the engines' receipts prove that they hold what the plan sends them.
+
+    sent: of every row of the plan, by the ranks that sent it. receipts: one an engine, in rank order; each has an equal
+    part of the plan's destination ranks. tolerance: largest allowed absolute difference of a probe log-prob.
+    """
+    if not receipts:
+        raise WeightSyncError("weight sync: no engine answered; the policy version stays as it is")
+    received = {row: value for receipt in receipts for row, value in receipt.checksums.items()}
+    every = set(range(len(plan.moves)))
+    if odd := (set(sent) | set(received)) - every:
+        raise WeightSyncError(f"weight sync: rows {sorted(odd)[:MAX_NAMED]} are not of the plan's {len(every)} moves")
+    per_engine = len(plan.destination.ranks) // len(receipts)
+    for proof, wrong in (
+        ("elements written", every - set(received)),
+        ("checksums as received", {row for row in received if sent.get(row) != received[row]}),
+    ):
+        if wrong:
+            moves = plan.as_moves(plan.moves.rows(np.array(sorted(wrong))))
+            engine, tensor_rank = divmod(moves[0].destination.rank, per_engine)
+            where = f"weight sync, rollout rank {engine}, tensor rank {tensor_rank}"
+            found = "not written" if proof == "elements written" else "other than sent"
+            raise _failed(where, proof, f"{len(moves)} slices {found}: {_some(_slice_of(move) for move in moves)}")
+    for engine, receipt in enumerate(receipts):
+        _verify_probe(receipt.probe_logprobs, sent_logprobs, tolerance, f"weight sync, rollout rank {engine}")
+
+
+def _slice_of(move: Move) -> str:
+    return f"{move.parameter} {list(move.low)} to {list(move.high)} of source rank {move.source.rank}"
 
 
 def checksum(tensor: Tensor) -> int:

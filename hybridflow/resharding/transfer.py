@@ -7,7 +7,7 @@ half a bucket; slices are packed without gaps, so the bytes on the wire are exac
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,16 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridflow.errors import WeightSyncError
-from hybridflow.resharding.boxes import interval_boxes
-from hybridflow.resharding.layout import Layout, dtype_of
+from hybridflow.resharding.buckets import Part, Storages, cut_moves, filled_bytes, pack, unpack, view
+from hybridflow.resharding.layout import Layout, dtype_of, refuse_other_tensors
 from hybridflow.resharding.plan import Move, Moves, Plan, Slice
 
 DEFAULT_BUCKET_BYTES = 64 << 20
 SMALLEST_BUCKET_BYTES = 64
 """Half of it must hold an element of any dtype."""
-
-Storages = Mapping[int, Mapping[str, Tensor]]
-"""Local tensors by rank and storage name, contiguous, of any shape."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +44,6 @@ class TransferReport:
     num_messages: int
     buffer_bytes: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Elements [start, stop) of a move in the flat order of its box, at `at` bytes into a bucket."""
-
-    move: Move
-    start: int
-    stop: int
-    at: int
-
-    @property
-    def num_bytes(self) -> int:
-        return (self.stop - self.start) * dtype_of(self.move.dtype).itemsize
 
 
 def execute(
@@ -115,7 +98,7 @@ def execute_here(plan: Plan, source: Storages, destination: Storages) -> int:
     moves = plan.as_moves(plan.moves)
     _copy_stays(plan, plan.stays, plan.destination.ranks, source, destination, moves)
     for move in moves:
-        _view(destination, move.destination, move.shape).copy_(_view(source, move.source, move.shape))
+        _of_move(destination, move.destination, move).copy_(_of_move(source, move.source, move))
     return plan.total_bytes
 
 
@@ -146,7 +129,7 @@ class _Wire:
         self, to: int, outgoing: list[Move], source: Storages, of: int, incoming: list[Move], destination: Storages
     ) -> None:
         """All buckets of one shift; each side may have more than the other, or none."""
-        sends, receives = _buckets(outgoing, self.half), _buckets(incoming, self.half)
+        sends, receives = cut_moves(outgoing, self.half), cut_moves(incoming, self.half)
         while True:
             out, into = next(sends, None), next(receives, None)
             if out is None and into is None:
@@ -157,7 +140,7 @@ class _Wire:
                 messages.append(_Message(True, to, self._pack(out, source)))
             if into is not None:
                 self._receive = self._buffer(self._receive)
-                messages.append(_Message(False, of, self._receive[: _num_bytes(into)]))
+                messages.append(_Message(False, of, self._receive[: filled_bytes(into)]))
             self._complete(messages)
             if into is not None:
                 self._unpack(into, destination)
@@ -183,56 +166,17 @@ class _Wire:
     def _buffer(self, buffer: Tensor | None) -> Tensor:
         return torch.empty(self.half, dtype=torch.uint8, device=self.device) if buffer is None else buffer
 
-    def _pack(self, parts: list[_Part], source: Storages) -> Tensor:
+    def _pack(self, parts: list[Part], source: Storages) -> Tensor:
         assert self._send is not None
-        for part in parts:
-            for where, shape, elements in _boxes(part, part.move.source, self._send):
-                elements.copy_(_view(source, where, shape))
-        return self._send[: _num_bytes(parts)]
+        return pack(parts, source, self._send)
 
-    def _unpack(self, parts: list[_Part], destination: Storages) -> None:
+    def _unpack(self, parts: list[Part], destination: Storages) -> None:
         assert self._receive is not None
-        for part in parts:
-            for where, shape, elements in _boxes(part, part.move.destination, self._receive):
-                _view(destination, where, shape).copy_(elements)
+        unpack(parts, self._receive, destination)
 
 
-def _buckets(moves: list[Move], capacity: int) -> Iterator[list[_Part]]:
-    """The moves one after another, cut into buckets of at most `capacity` bytes. Wide dtypes come first in a pair of
-    processes, so every part starts at a multiple of its element size without a gap."""
-    parts: list[_Part] = []
-    filled = 0
-    for move in moves:
-        start, itemsize = 0, dtype_of(move.dtype).itemsize
-        while start < move.num_elements:
-            room = (capacity - filled) // itemsize
-            if room == 0:
-                yield parts
-                parts, filled = [], 0
-                continue
-            stop = min(start + room, move.num_elements)
-            parts.append(_Part(move, start, stop, filled))
-            filled += parts[-1].num_bytes
-            start = stop
-    if parts:
-        yield parts
-
-
-def _boxes(part: _Part, whole: Slice, bucket: Tensor) -> Iterator[tuple[Slice, tuple[int, int, int], Tensor]]:
-    """The boxes of a part of a move as (slice of the storage, shape, elements of the bucket in that shape)."""
-    flat = bucket[part.at : part.at + part.num_bytes].view(dtype_of(part.move.dtype))
-    begin = 0
-    for low, high in interval_boxes(part.move.shape, part.start, part.stop):
-        shape = (high[0] - low[0], high[1] - low[1], high[2] - low[2])
-        offset = whole.offset + sum(index * stride for index, stride in zip(low, whole.strides, strict=True))
-        size = shape[0] * shape[1] * shape[2]
-        yield Slice(whole.rank, whole.storage, offset, whole.strides), shape, flat[begin : begin + size].view(shape)
-        begin += size
-
-
-def _view(storages: Storages, where: Slice, shape: tuple[int, int, int]) -> Tensor:
-    tensor = storages[where.rank][where.storage].detach()
-    return tensor.as_strided(shape, where.strides, tensor.storage_offset() + where.offset)
+def _of_move(storages: Storages, where: Slice, move: Move) -> Tensor:
+    return view(storages[where.rank][where.storage], where, move.shape)
 
 
 def _copy_stays(
@@ -246,8 +190,8 @@ def _copy_stays(
     theirs = {_memory(tensor) for named in source.values() for tensor in named.values() if tensor.numel()}
     copies = []
     for move in plan.as_moves(stays):
-        into = _view(destination, move.destination, move.shape)
-        out = _view(source, move.source, move.shape)
+        into = _of_move(destination, move.destination, move)
+        out = _of_move(source, move.source, move)
         if into.data_ptr() != out.data_ptr() or into.stride() != out.stride() or into.dtype != out.dtype:
             copies.append((move, into, out))
     for move in (*incoming, *(move for move, _, _ in copies)):
@@ -264,10 +208,6 @@ def _copy_stays(
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _num_bytes(parts: list[_Part]) -> int:
-    return parts[-1].at + parts[-1].num_bytes
 
 
 def _by_peer(plan: Plan, moves: Moves, processes: Processes, sends: bool) -> dict[int, list[Move]]:
@@ -313,19 +253,7 @@ def _refuse_other_processes(plan: Plan, processes: Processes, world: int) -> Non
 
 def _refuse_other_tensors(layout: Layout, ranks: Iterable[int], storages: Storages, side: str) -> None:
     for rank in ranks:
-        named = storages.get(rank, {})
-        for storage in layout.storages_of(rank):
-            tensor = named.get(storage.name)
-            where = f"transfer: {side} rank {rank}, {storage.name}"
-            if tensor is None:
-                raise WeightSyncError(f"{where}: the layout has it, the rank does not")
-            found = (tensor.numel(), tensor.dtype)
-            if found != (storage.num_elements, dtype_of(storage.dtype)) or not tensor.is_contiguous():
-                raise WeightSyncError(
-                    f"{where}: {found[0]} elements of {found[1]}"
-                    f"{'' if tensor.is_contiguous() else ', not contiguous'}; the layout has {storage.num_elements} "
-                    f"contiguous ones of {storage.dtype}"
-                )
+        refuse_other_tensors(layout.storages_of(rank), storages.get(rank, {}), f"transfer: {side}")
 
 
 def _compare(what: str, moved: int, planned: int) -> None:

@@ -57,10 +57,10 @@ def check_partition(
     columns: Mapping[str, Maker] | None = None, rows: int = 14, seed: int = 0,
 ) -> None:  # fmt: skip
     """Raises ContractViolation unless the gradient of an optimizer step is the same, to 1e-9 of its largest number, for
-    micro-batches of 1, 2, 3, 7 and all rows on 1, 2 and 4 ranks, and in another order of the rows: in float64, by the
-    real engine, ranks simulated.
+    micro-batches of 1, 2, 3, 7 and all rows on 1, 2 and 4 ranks: in float64, by the real engine, ranks simulated.
 
-    Of a loss, on made-up rows (columns: see `check_loss`); of an algorithm, of every optimizer step of its first step.
+    Of a loss, on made-up rows (columns: see `check_loss`), and in another order of them too; of an algorithm, of every
+    optimizer step of its first step and with its metrics (`check_algorithm` changes the order as well).
     """
     if isinstance(target, type | RunConfig):
         subject = _subject(target, config, workers)

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_distillation_runs
+import test_offline_runs
+import test_online_runs
 import yaml
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "algorithm"
@@ -36,3 +39,11 @@ def test_all_online_algorithms_have_a_file() -> None:
         "ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "remax", "opo", "gpg", "dapo",
         "gspo", "gmpo", "sapo", "cispo", "scale_rl", "safe_rlhf", "awr", "ppo_ptx",
     }  # fmt: skip
+
+
+def test_every_file_is_of_an_algorithm_that_takes_three_real_steps() -> None:
+    """In one of the three modules that run them; a new file goes into its list."""
+    offline = test_offline_runs.OFFLINE | test_offline_runs.ONLINE
+    given = [text for run in (*offline.values(), *test_distillation_runs.RUNS.values()) for text in run[0]]
+    named = {text.removeprefix("algorithm=") for text in given if text.startswith("algorithm=")}
+    assert named | set(test_online_runs.RUNS) == {file.stem for file in FILES}

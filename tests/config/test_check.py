@@ -50,6 +50,16 @@ def test_rows_longer_than_the_budget_are_said_to_run_alone(plugin):
     assert lines(config)["actor, an optimizer step"].endswith("run alone")
 
 
+def test_rows_are_split_over_data_ranks_alone(plugin):
+    """10 rows an update: 5 each for two data ranks; two of twelve would have none."""
+    given = ["algorithm=toy", "trainer.prompts_per_step=10", "placement.pools.all.cpus_per_rank=0.5"]
+    cut = ["placement.pools.all.ranks=4", "placement.roles.actor.tensor=2"]
+    found = lines(load([*given, *cut], plugin))["actor, an optimizer step"]
+    assert found.startswith("5 sequences a rank (2 of data among 4 ranks), at most")
+    found = lines(load([*given, "placement.pools.all.ranks=12"], plugin))["actor, an optimizer step"]
+    assert found.startswith("1 sequences a rank (12 ranks), 2 of them idle, at most")
+
+
 def test_ppo_shows_critic_and_reference_where_they_run():
     found = lines(load(["algorithm=ppo", "placement=split"]))
     assert {"critic, an optimizer step", "reference, a forward pass"} <= set(found)

@@ -14,6 +14,7 @@ from hybridflow.errors import ConfigError
 
 HERE = Path(__file__).parent
 LOCAL = ["runtime=local", "engine=torch", "rollout=hf", "placement=single"]
+HALF = ["engine.dtype=bfloat16", "engine.float32_head=true"]
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +130,11 @@ def test_everything_is_reported_at_once():
         (["rollout=hf", "rollout.kv_cache_gib=4"], "rollout.kv_cache_gib: found 4.0; only engine=vllm reads it"),
         (["rollout=hf", "rollout.vllm={seed: 1}"], "rollout.vllm: found {'seed': 1}; only engine=vllm reads it"),
         (["rollout=hf", "rollout.kv_cache_gib=1.0", "rollout.vllm={}"], None),
+        ([*HALF, "rollout.dtype=bfloat16"], "actor.engine.float32_head: found true; allowed: false, as rollout.float32"),
+        ([HALF[0], "rollout.dtype=float16", "rollout.float32_head=true"], "actor.engine.float32_head: found false; all"),
+        ([*HALF, "rollout.dtype=bfloat16", "rollout.float32_head=true"], None),
+        (HALF, None),  # a rollout in float32 has its head in it anyway
+        (["engine.float32_head=true"], None),
         (["engine=torch", "engine.zero_stage=3"], "engine.zero_stage: found 3; only name=deepspeed reads it: remove"),
         (["engine=torch", "engine.zero_stage=1"], None),
         (["engine=torch", "+engine.deepspeed={a: 1}"], "engine.deepspeed: found {'a': 1}; only name=deepspeed reads i"),
@@ -144,7 +150,6 @@ def test_everything_is_reported_at_once():
         (["ray.num_cpus=8", "placement.pools.all.ranks=8"], None),
         (["ray.num_cpus=1"], "placement.pools: found a demand of all 2 CPUs; ray.num_cpus is 1"),
         ([*LOCAL, "ray.address=auto"], "ray.address: found 'auto'; runtime=local starts no Ray"),
-        (["rollout.tensor_parallel_size=3"], "rollout.tensor_parallel_size: found 3; it must divide the model's 4 att"),
         (["trainer.steps=many"], "trainer.steps: found 'many'; allowed: an integer"),
         (["trainer.export=7"], "trainer.export: found 7; allowed: true or false"),
         (["data.train=rows.jsonl", "data.arithmetic=null"], "data.train: found 'rows.jsonl'; there is no such file"),
@@ -176,10 +181,6 @@ def test_one_mistake_one_line(overrides, line):
         assert load(overrides).tracking.console
     else:
         assert only(*overrides).startswith(line)
-
-
-def test_divisors_are_listed():
-    assert only("rollout.tensor_parallel_size=3").endswith("4 attention heads: 1, 2, 4")
 
 
 def test_local_needs_what_runs_in_one_process():
@@ -236,6 +237,22 @@ def test_the_gsm8k_example():
     config = load(["experiment=gsm8k_grpo", "data.folder=."], config_dir=HERE.parents[1] / "examples/gsm8k/conf")
     assert config.data.origin("validation") == "./test.jsonl"
     assert config.reward.function.endswith(":gsm8k") and config.model.tokenizer == "byte"
+
+
+def test_the_whole_recipe_of_scale_rl():
+    Path("rows.jsonl").touch()
+    named = ["model.path=org/model", "data.train=rows.jsonl", "reward.function=hybridflow.rewards.functions:gsm8k"]
+    config = load(["experiment=scale_rl", *named])
+    for engine in (config.actor.engine, config.rollout):
+        assert engine.dtype == "bfloat16" and engine.float32_head
+    sampling = config.rollout.sampling
+    assert sampling.interruption.after_tokens + sampling.interruption.answer_tokens == sampling.max_response_tokens
+    assert sampling.interruption == config.rollout.validation.interruption
+    assert config.algorithm.name == "scale_rl" and config.algorithm.config.aggregation == "prompt_mean"
+    samples = config.trainer.prompts_per_step * config.algorithm.config.samples_per_prompt
+    assert (samples, sampling.max_response_tokens + config.data.max_prompt_tokens) == (768, 16_384)
+    line = only("experiment=scale_rl", *named, "rollout.float32_head=false")
+    assert line.startswith("actor.engine.float32_head: found true; allowed: false")
 
 
 def test_a_primary_file_of_ones_own():

@@ -22,6 +22,19 @@ def test_neighbouring_ranks_share_a_node():
     assert order_by_node(["b", "a", "b", "a"]) == [1, 3, 0, 2]
 
 
+def test_a_rank_that_starts_processes_takes_neighbouring_bundles():
+    pool = Pool("p", 4, 1.0, 0.0, 1, InlineLane(), order=[1, 3, 0, 2], nodes=["b", "a", "b", "a"])
+    assert [pool.bundles_of(rank, 2) for rank in range(2)] == [[1, 3], [0, 2]]
+    assert [pool.bundles_of(rank, 1) for rank in range(4)] == [[1], [3], [0], [2]]
+    with pytest.raises(ConfigError, match=r"rollout: 3 ranks .* 4 bundles; one rank of this group takes 2 bundles"):
+        pool.admit("rollout", 3, 2)
+    pool.admit("rollout", 2, 2)
+    apart = Pool("p", 4, 1.0, 0.0, 1, InlineLane(), order=[0, 1, 2, 3], nodes=["a", "b", "b", "b"])
+    with pytest.raises(ConfigError, match=r"rank 0 takes 2 bundles of one node, .* are on a and b; make .* of 2"):
+        apart.admit("rollout", 2, 2)
+    assert apart.groups == []
+
+
 def test_a_rank_takes_its_share_of_a_bundle():
     pool = Pool("p", 1, 1.0, 1.0, 3, InlineLane())
     assert pool.rank_resources == {"num_cpus": 0.3333, "num_gpus": 0.3333}

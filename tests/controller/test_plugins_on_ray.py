@@ -1,5 +1,7 @@
 """A person's file on real Ray ranks, which started in another working directory and never see it."""
 
+import json
+import math
 import os
 from pathlib import Path
 
@@ -79,21 +81,33 @@ def test_a_file_that_is_gone_runs_on_ranks(elsewhere: Path, make_ray_runtime) ->
     assert columns.spec("tripled") is not None
 
 
-def test_an_algorithm_and_a_reward_of_ones_own_train_on_ray(elsewhere: Path) -> None:
-    """The example, copied to where no rank looks, with a reward beside it; two steps with further roles on Ray."""
+EXAMPLES = {
+    "custom_algorithm": (["algorithm=veto", "algorithm.target=mine/plug.py:Veto", "algorithm.least_logprob=-100"],
+                         "veto.py", {"actor/nll", "timing_s/judge_logprobs"}),
+    "custom_loss": (["algorithm=topr", "algorithm.target=mine/plug.py:TOPR"],
+                    "topr.py", {"actor/pg_loss", "actor/ppo_kl"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_train_on_ray(example: str, elsewhere: Path) -> None:
+    """Copied to where no rank looks, with a reward beside it; three steps, whose metrics move."""
+    given, file, logged = EXAMPLES[example]
     reward = "\n\ndef score(prompt, response, answer, **row):\n    return float(len(response))\n"
-    (elsewhere / "mine/plug.py").write_text((ROOT / "examples/custom_algorithm/veto.py").read_text() + reward)
+    (elsewhere / "mine/plug.py").write_text((ROOT / "examples" / example / file).read_text() + reward)
     config = load(
-        ["algorithm=veto", "algorithm.target=mine/plug.py:Veto", "algorithm.samples_per_prompt=2",
-         "algorithm.least_logprob=-100", "reward=function", "reward.function=mine/plug.py:score",
+        [*given, "algorithm.samples_per_prompt=2", "reward=function", "reward.function=mine/plug.py:score",
          "runtime=ray", "engine=torch", "rollout=hf", "placement=single", "placement.pools.all.cpus_per_rank=0.5",
          "model.config.hidden_size=32", "model.config.intermediate_size=64", "model.config.num_hidden_layers=1",
-         "trainer.steps=2", "trainer.prompts_per_step=4", "trainer.export=false", "tracking.console=false",
-         f"run_folder={elsewhere / 'run'}"],
-        ROOT / "examples/custom_algorithm/conf",
+         "trainer.steps=3", "trainer.prompts_per_step=4", "trainer.export=false", "tracking.console=false",
+         "engine.optimizer.lr=1e-2", "rollout.sampling.max_response_tokens=8", f"run_folder={elsewhere / 'run'}"],
+        ROOT / "examples" / example / "conf",
     )  # fmt: skip
     assert launch.run(config) == 0
-    samples = (RunFolder(elsewhere / "run").path / "samples/step-000002.jsonl").read_text().splitlines()
+    samples = (RunFolder(elsewhere / "run").path / "samples/step-000003.jsonl").read_text().splitlines()
     assert len(samples) == 8
     lines = (elsewhere / "run/metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 2 and '"actor/nll"' in lines[-1] and '"timing_s/judge_logprobs"' in lines[-1]
+    steps = [json.loads(line)["metrics"] for line in lines]
+    assert len(steps) == 3 and all(logged <= metrics.keys() for metrics in steps)
+    assert len({metrics["actor/loss"] for metrics in steps}) == 3
+    assert all(math.isfinite(value) for metrics in steps for value in metrics.values())

@@ -10,13 +10,14 @@ import torch.multiprocessing as mp
 from by_slicing import local_tensors, numbered
 
 from hybridflow.errors import WeightSyncError
+from hybridflow.resharding.buckets import cut_moves
 from hybridflow.resharding.cuts import Even
 from hybridflow.resharding.decoder import Decoder, EngineCuts, decoder_specs
 from hybridflow.resharding.layout import Parameter, dtype_of
 from hybridflow.resharding.plan import make_plan
 from hybridflow.resharding.shards import Spec, Zero, build_layout, grid
 from hybridflow.resharding.sources import colocated
-from hybridflow.resharding.transfer import Processes, _buckets, _by_peer, execute_here
+from hybridflow.resharding.transfer import Processes, _by_peer, execute_here
 
 DENSE = Decoder(37, 16, 24, 2, 4, 2, 4, qkv_bias=True)
 SPARSE = Decoder(37, 16, 8, 2, 4, 2, 4, num_experts=4, dtype="bfloat16")
@@ -171,7 +172,7 @@ def test_ranks_of_one_process_copy_without_messages(swap):
 def test_buckets_are_full_and_hold_every_byte_once(swap, capacity):
     plan, _, _ = swap
     moves = plan.as_moves(plan.moves)
-    buckets = list(_buckets(moves, capacity))
+    buckets = list(cut_moves(moves, capacity))
     assert sum(part.num_bytes for parts in buckets for part in parts) == plan.total_bytes
     assert all(sum(part.num_bytes for part in parts) == capacity for parts in buckets[:-1])
 
@@ -183,7 +184,7 @@ def test_mixed_dtypes_are_packed_without_gaps_and_aligned():
     layout = build_layout(specs, grid())
     plan = make_plan(layout, layout)
     (moves,) = _by_peer(plan, plan.moves, Processes({0: 0}, {0: 1}), sends=True).values()
-    for parts in _buckets(moves, 32):
+    for parts in cut_moves(moves, 32):
         assert all(part.at % torch.empty(0, dtype=dtype_of(part.move.dtype)).element_size() == 0 for part in parts)
         assert [part.at for part in parts] == [0, *itertools.accumulate(part.num_bytes for part in parts[:-1])]
-    assert sum(part.num_bytes for parts in _buckets(moves, 32) for part in parts) == 9 * (1 + 4 + 2)
+    assert sum(part.num_bytes for parts in cut_moves(moves, 32) for part in parts) == 9 * (1 + 4 + 2)

@@ -1,18 +1,25 @@
 """The policy version rises only on proof from every engine."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
 from hybridflow.errors import WeightSyncError
-from hybridflow.resharding.proofs import Receipt, receipt
+from hybridflow.resharding.cuts import Even
+from hybridflow.resharding.incoming import assemble, expected_checksums
+from hybridflow.resharding.layout import Parameter, renumbered
+from hybridflow.resharding.proofs import PlannedReceipt
+from hybridflow.resharding.published import mapped
+from hybridflow.resharding.shards import Spec, build_layout, grid
+from hybridflow.resharding.transport import PublishedMemory, RankLayout, ThroughStore
 from hybridflow.schedule.policy_sync import PolicySync
 
-WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "lm_head.weight": torch.ones(4)}
 PROBE = [3, 1, 2]
-SENT = receipt(WEIGHTS, [-1.0, -2.0])
+PARAMETERS = [Parameter("a.weight", (4, 6)), Parameter("lm_head.weight", (4,))]
+SPECS = [Spec(PARAMETERS[0], "every", (Even(0),)), Spec(PARAMETERS[1])]
+FULL = {"a.weight": torch.arange(24.0), "lm_head.weight": torch.ones(4)}
 
 
 @dataclass
@@ -25,57 +32,124 @@ class Done:
 
 @dataclass
 class FakeActor:
-    """Rank 0 offers, the other rank has nothing to say."""
+    """Two data ranks that hold everything."""
 
-    def send_weights(self, probe: list[int], bucket_bytes: int) -> Done:
-        assert probe == PROBE
-        return Done([(["buckets"], SENT), None])
+    held: list[dict[str, torch.Tensor]] = field(default_factory=lambda: [dict(FULL), dict(FULL)])
+
+    def layout(self) -> Done:
+        layout = build_layout([Spec(parameter) for parameter in PARAMETERS], grid())
+        return Done([RankLayout.here(renumbered(layout, rank)) for rank in (0, 1)])
+
+    def offer(self, outgoing: Any, transports: Any) -> Done:
+        return Done([t.offer(o, self.held[o.rank], None) for o, t in zip(outgoing, transports, strict=True)])
+
+    def prove(self, outgoing: Any, probes: Any) -> Done:
+        assert probes == [PROBE, PROBE]
+        return Done([(expected_checksums(o, self.held[o.rank]), [-1.0, -2.0]) for o in outgoing])
 
 
 @dataclass
 class FakeRollout:
-    receipts: list[Receipt]
-    seen: list[int] = field(default_factory=list)
+    """Two engines of two tensor ranks. harm: what engine 1 does to its receipt."""
 
-    def receive(self, version: int, buckets: Any, probe: list[int]) -> Done:
-        assert buckets == ["buckets"] and probe == PROBE
-        self.seen.append(version)
-        return Done(self.receipts)
+    harm: Any = None
+    nodes: tuple[str | None, str | None] = (None, None)
+    seen: list[Any] = field(default_factory=list)
+    holds: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def layout(self) -> Done:
+        here = RankLayout.here(build_layout(SPECS, grid(tensor=2)))
+        return Done([RankLayout(here.layout, node or here.node) for node in self.nodes])
+
+    def receive(self, deliveries: Any) -> Done:
+        receipts = []
+        for engine, delivery in enumerate(deliveries):
+            assert delivery.probe == tuple(PROBE)
+            taken = delivery.transport.take(delivery.incoming, delivery.offers, None)
+            sums: dict[int, int] = {}
+            with mapped(taken.publications) as sources:
+                for incoming in taken.incoming:
+                    self.holds[incoming.rank] = {}
+                    for name, flat, checksums in assemble(incoming, sources):
+                        self.holds[incoming.rank][name] = flat
+                        sums |= checksums
+            receipt = PlannedReceipt(sums, [-1.0, -2.00005])
+            receipts.append(self.harm(receipt) if self.harm and engine == 1 else receipt)
+        self.seen.append(deliveries[0].version)
+        return Done(receipts)
+
+    def trust(self) -> Done:
+        self.seen.append("trusted")
+        return Done([None, None])
 
 
-def sync_with(*receipts: Receipt) -> PolicySync:
-    return PolicySync(FakeActor(), FakeRollout(list(receipts)), PROBE, tolerance=1e-4, bucket_bytes=1 << 20)
+def policy(harm: Any = None) -> PolicySync:
+    return PolicySync(FakeActor(), FakeRollout(harm), PROBE, tolerance=1e-4, bucket_bytes=1 << 20)
 
 
-def test_the_version_rises_by_one_on_proof() -> None:
-    policy = sync_with(SENT, replace(SENT, probe_logprobs=[-1.00005, -2.0]))
-    metrics = policy.sync()
-    assert policy.version == 1
-    assert metrics["sync/version"].value == 1
+def test_the_version_rises_by_one_on_proof_and_every_rank_has_its_slices() -> None:
+    run = policy()
+    metrics = run.sync()
+    assert run.version == metrics["sync/version"].value == 1
     assert metrics["sync/probe_difference_max"].value == pytest.approx(5e-5)
-    policy.sync()
-    assert policy.version == 2
+    assert metrics["sync/bytes"].value == 4 * 2 * (24 + 2 * 4)
+    assert torch.equal(run.rollout.holds[3]["a.weight"], torch.arange(12.0, 24.0))
+    run.sync()
+    assert run.version == 2 and run.rollout.seen == [1, "trusted", 2, "trusted"]
+
+
+def test_the_load_is_shared_by_equal_sources() -> None:
+    sent = policy().route().plan.bytes_sent
+    assert sent[0] == sent[1]
+
+
+def first_row(receipt: PlannedReceipt) -> int:
+    return min(receipt.checksums)
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("harm", "said"),
     [
-        (replace(SENT, names=SENT.names - {"lm_head.weight"}), "lm_head.weight"),
-        (replace(SENT, num_elements={**SENT.num_elements, "a.weight": 5}), "a.weight"),
-        (replace(SENT, checksums={**SENT.checksums, "a.weight": 1}), "checksums"),
-        (replace(SENT, probe_logprobs=[-1.0, -2.1]), "probe"),
-        (replace(SENT, probe_logprobs=[-1.0, float("nan")]), "probe"),
+        (
+            lambda r: PlannedReceipt({k: v for k, v in r.checksums.items() if k != first_row(r)}, r.probe_logprobs),
+            r"rollout rank 1, tensor rank 0: proof of elements written failed: 1 slices not written: "
+            r"a.weight \[0, 0, 0\] to \[2, 6, 1\] of source rank \d",
+        ),
+        (
+            lambda r: PlannedReceipt({**r.checksums, first_row(r): 1}, r.probe_logprobs),
+            "rollout rank 1, tensor rank 0: proof of checksums as received failed: 1 slices other than sent: a.weight",
+        ),
+        (lambda r: PlannedReceipt({**r.checksums, 99: 1}, r.probe_logprobs), r"rows \[99\] are not of the plan's"),
+        (lambda r: PlannedReceipt(r.checksums, [-1.0, -2.1]), "rollout rank 1: proof of probe log-probs"),
+        (lambda r: PlannedReceipt(r.checksums, [-1.0, float("nan")]), "probe"),
+        (lambda r: PlannedReceipt(r.checksums, [-1.0]), "1 values for 2 probe tokens"),
     ],
 )
-def test_one_engine_without_proof_holds_the_version(bad: Receipt, said: str) -> None:
-    policy = sync_with(SENT, bad)
-    with pytest.raises(WeightSyncError, match=said) as caught:
-        policy.sync()
-    assert "rank 1" in str(caught.value)
-    assert policy.version == 0
+def test_one_engine_without_proof_holds_the_version_and_none_is_trusted(harm: Any, said: str) -> None:
+    run = policy(harm)
+    with pytest.raises(WeightSyncError, match=said):
+        run.sync()
+    assert run.version == 0 and run.rollout.seen == [1]
 
 
 def test_restore_delivers_under_the_saved_version() -> None:
-    policy = sync_with(SENT)
-    policy.restore(7)
-    assert policy.version == 7 and policy.rollout.seen == [7]
+    run = policy()
+    run.restore(7)
+    assert run.version == 7 and run.rollout.seen == [7, "trusted"]
+
+
+def test_the_transport_is_chosen_once_from_where_the_ranks_are() -> None:
+    run = policy()
+    assert run.route().transport == PublishedMemory() and run.route() is run.route()
+    run = policy()
+    run.rollout.nodes = (None, "elsewhere")
+    assert run.route().transport == ThroughStore(1 << 20)
+
+
+def test_a_parameter_on_one_side_only_is_named_before_anything_is_sent() -> None:
+    run = policy()
+    odd = build_layout([*SPECS, Spec(Parameter("extra", (3,)))], grid(tensor=2))
+    run.rollout.layout = lambda: Done([RankLayout.here(odd)])
+    with pytest.raises(WeightSyncError, match="only the destination has extra"):
+        run.sync()
+    assert run.rollout.seen == []

@@ -7,7 +7,10 @@ from typing import Protocol
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from hybridflow.resharding.proofs import Receipt
+from hybridflow.resharding.incoming import Incoming
+from hybridflow.resharding.layout import Layout
+from hybridflow.resharding.proofs import PlannedReceipt, Receipt
+from hybridflow.resharding.published import Publication
 from hybridflow.settings import Settings
 
 
@@ -74,6 +77,24 @@ class Sample:
     forced: tuple[int, int] = (0, 0)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """What an engine's tensor rank holds otherwise than published. low, high: the smallest box of the parameter (three
+    axes) around it; largest: absolute difference."""
+
+    parameter: str
+    rank: int
+    low: tuple[int, int, int]
+    high: tuple[int, int, int]
+    largest: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameter}, tensor rank {self.rank}, {list(self.low)} to {list(self.high)}: off by up to "
+            f"{self.largest:g}"
+        )
+
+
 class GenerationEngine(Protocol):
     """max_tokens: the most tokens that a prompt and its response may have together."""
 
@@ -88,6 +109,24 @@ class GenerationEngine(Protocol):
         """Replace all weights by the given ones (Hugging Face names), drop caches, and report what the engine holds:
         names and element counts written, checksums of the tensors as received, log-probs of `probe[1:]` given their
         prefixes. Raises WeightSyncError, nothing written, when names or shapes are not those of the model."""
+        ...
+
+    def layout(self) -> Layout:
+        """Which slices of which parameters (Hugging Face names, `lm_head.weight` included when tied) the engine's
+        tensor ranks 0, 1, ... must be given; one storage a parameter and rank."""
+        ...
+
+    def receive_planned(
+        self, version: int, incoming: Sequence[Incoming], publications: Sequence[Publication], probe: Sequence[int]
+    ) -> PlannedReceipt:
+        """As `receive`, but each tensor rank copies its own slices out of the publications, one parameter at a time.
+        incoming: one a tensor rank, of a plan whose destination is this engine's `layout`. Whatever fails, the engine
+        refuses to generate until a transfer succeeds."""
+        ...
+
+    def read_back(self, incoming: Sequence[Incoming], publications: Sequence[Publication]) -> list[Difference]:
+        """Where the weights that the engine computes with are not, bit for bit, those of the publications. Empty is
+        good. Raises WeightSyncError where some cannot be read."""
         ...
 
     def pause(self) -> None: ...

@@ -16,14 +16,20 @@ from transformers.generation.logits_process import (
 )
 
 from hybridflow.errors import WeightSyncError
+from hybridflow.resharding.boxes import three_axes
+from hybridflow.resharding.incoming import Checksums, Incoming, assemble
+from hybridflow.resharding.layout import Layout, Parameter
 from hybridflow.resharding.proofs import Receipt, receipt, refuse_other_shapes
+from hybridflow.resharding.published import Publication, mapped
 from hybridflow.spans import span
 from workers.generation import model_folder
-from workers.generation.base import Request, Sample, Sampling
+from workers.generation.base import Difference, PlannedReceipt, Request, Sample, Sampling
 from workers.generation.gate import Gate
+from workers.generation.planned import FAILED, refuse_other_storages
 from workers.generation.requests import refuse_unfit, stop_ids
 from workers.generation.seeded_draw import SeededDraw, uniforms
 from workers.generation.settings import RolloutSettings
+from workers.generation.slices import difference_box, layout_of
 
 
 class HfEngine:
@@ -49,8 +55,7 @@ class HfEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Sample]]:
         """See `GenerationEngine.generate`. Groups are kept together, shortest prompts first."""
-        if self._half_written:
-            raise WeightSyncError(f"rollout: {self._half_written}")
+        self._refuse_half_written()
         refuse_unfit(requests, sampling, self.max_tokens)
         aborts = self._gate.num_aborts
         groups: dict[int, list[Request]] = {}
@@ -103,7 +108,7 @@ class HfEngine:
         """See `GenerationEngine.receive`. Waits for the decoding step that runs, if one does."""
         refuse_other_shapes(self._shapes, weights, "rollout.receive")
         with self._gate.stopped():
-            self._half_written = "a weight transfer failed half-way; send the weights again before generating"
+            self._half_written = FAILED
             self._model.load_state_dict(dict(weights))
             differing = self.held_differences(weights)[0]
             if differing:
@@ -115,6 +120,63 @@ class HfEngine:
             self._half_written = ""
             with span("probe"):
                 return receipt(weights, self._probe(list(probe)))
+
+    def layout(self) -> Layout:
+        """See `GenerationEngine.layout`: every parameter whole, in this process."""
+        held = self._model.state_dict()
+        parameters = [
+            Parameter(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in held.items()
+        ]
+        return layout_of(parameters, [{name: [((0, 0, 0), three_axes(held[name].shape))] for name in held}])
+
+    def receive_planned(
+        self, version: int, incoming: Sequence[Incoming], publications: Sequence[Publication], probe: Sequence[int]
+    ) -> PlannedReceipt:
+        """See `GenerationEngine.receive_planned`: one copy, into the model's own parameters."""
+        with self._gate.stopped():
+            self._half_written = FAILED
+            refuse_other_storages(self.layout(), incoming)
+            with span("write_weights"), mapped(publications) as sources:
+                checksums = self._assemble(incoming[0], sources)
+            self._version = version
+            self._half_written = ""
+            with span("probe"):
+                return PlannedReceipt(checksums, self._probe(list(probe)))
+
+    def _assemble(self, incoming: Incoming, sources: Mapping[int, Mapping[str, Tensor]]) -> Checksums:
+        """A tied parameter comes twice, and lies in one memory: the second must equal the first."""
+        held = self._model.state_dict()
+        first: dict[int, str] = {}
+        twins = {name for name, tensor in held.items() if first.setdefault(tensor.data_ptr(), name) != name}
+        own = [filling for filling in incoming.fillings if filling.storage.name not in twins]
+        tied = [filling for filling in incoming.fillings if filling.storage.name in twins]
+        into = held if self._device.type == "cpu" else None
+        checksums: Checksums = {}
+        for name, flat, sums in assemble(Incoming(incoming.rank, tuple(own)), sources, into):
+            checksums.update(sums)
+            if into is None:
+                held[name].view(-1).copy_(flat)
+        for name, flat, sums in assemble(Incoming(incoming.rank, tuple(tied)), sources):
+            checksums.update(sums)
+            if not torch.equal(flat, held[name].view(-1).cpu()):
+                raise WeightSyncError(
+                    f"rollout.receive: after the transfer the model does not hold the {name} that was sent. "
+                    f"A tied {name} must equal the embedding it is tied to"
+                )
+        return checksums
+
+    def read_back(self, incoming: Sequence[Incoming], publications: Sequence[Publication]) -> list[Difference]:
+        """See `GenerationEngine.read_back`."""
+        refuse_other_storages(self.layout(), incoming)
+        held, found = self._model.state_dict(), []
+        with mapped(publications) as sources:
+            for name, flat, _ in assemble(incoming[0], sources):
+                ours, wanted = held[name].cpu(), flat.view(held[name].shape)
+                box = difference_box(((0, 0, 0), three_axes(ours.shape)), ours, wanted)
+                if box is not None:
+                    found.append(Difference(name, 0, *box, float((ours.double() - wanted.double()).abs().max())))
+        return found
 
     @torch.no_grad()
     def _probe(self, tokens: list[int]) -> list[float]:
@@ -136,7 +198,13 @@ class HfEngine:
         self._gate.pause()
 
     def resume(self) -> None:
+        """Let held requests go on; not with half-new weights."""
+        self._refuse_half_written()
         self._gate.resume()
+
+    def _refuse_half_written(self) -> None:
+        if self._half_written:
+            raise WeightSyncError(f"rollout: {self._half_written}")
 
     def abort(self) -> None:
         """End every running request with the tokens it has."""

@@ -7,6 +7,7 @@ The engine's asyncio loop runs in one thread of the rank. Everything that depend
 import asyncio
 import gc
 import itertools
+import pickle
 import queue
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
@@ -16,13 +17,18 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from hybridflow.errors import WeightSyncError
+from hybridflow.resharding.incoming import Incoming
+from hybridflow.resharding.layout import Layout, Parameter
 from hybridflow.resharding.proofs import Receipt, refuse_other_shapes
+from hybridflow.resharding.published import Publication
 from hybridflow.spans import span
 from workers.generation import model_folder
-from workers.generation.base import Request, Sample, Sampling
+from workers.generation.base import Difference, PlannedReceipt, Request, Sample, Sampling
+from workers.generation.planned import FAILED, refuse_other_storages
 from workers.generation.requests import refuse_unfit, stop_ids
 from workers.generation.settings import RolloutSettings
 from workers.generation.shared_file import SharedFile
+from workers.generation.slices import from_lists, layout_of
 from workers.generation.vllm_device import engine_arguments, environment
 
 T = TypeVar("T")
@@ -40,6 +46,7 @@ class VllmEngine:
         self._num_aborts = 0
         self._paused = False
         self._half_written = ""
+        self._layout: Layout | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-loop", daemon=True)
         self._thread.start()
@@ -60,8 +67,7 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Sample]]:
         """See `GenerationEngine.generate`. Closing the iterator early aborts what is left."""
-        if self._half_written:
-            raise WeightSyncError(f"rollout: {self._half_written}")
+        self._refuse_half_written()
         refuse_unfit(requests, sampling, self.max_tokens)
         finished: queue.SimpleQueue[list[Sample] | BaseException] = queue.SimpleQueue()
         work = asyncio.run_coroutine_threadsafe(self._draw(requests, sampling, finished), self._loop)
@@ -73,6 +79,10 @@ class VllmEngine:
                 yield group
         finally:
             work.cancel()  # does nothing when all groups are done
+
+    def _refuse_half_written(self) -> None:
+        if self._half_written:
+            raise WeightSyncError(f"rollout: {self._half_written}")
 
     async def _draw(
         self,
@@ -135,17 +145,13 @@ class VllmEngine:
         """See `GenerationEngine.receive`. Requests held by `pause` go on with the new weights: those tokens carry the
         new version. A failure on the way leaves an engine that refuses to generate until it is sent weights again."""
         refuse_other_shapes(self._shapes, weights, "rollout.receive")
-        self._half_written = "a weight transfer failed half-way; send the weights again before generating"
+        self._half_written = FAILED
         with span("write_weights"), SharedFile(weights) as file:
             self._wait(self._engine.pause_generation(mode="keep", clear_cache=False))
-            answers = self._rpc("receive_weights", file)
+            answers = self._rpc_file("receive_weights", file)
         first = answers[0]
+        _refuse_unwritten(answers)
         for rank, answer in enumerate(answers):
-            if answer["unwritten"]:
-                left = ", ".join(answer["unwritten"])
-                raise WeightSyncError(
-                    f"rollout.receive: tensor rank {rank} left {left} unwritten; it must not generate"
-                )
             if answer != first:
                 raise WeightSyncError(f"rollout.receive: tensor ranks 0 and {rank} received different bytes")
         self._wait(self._take_version(version))
@@ -153,6 +159,33 @@ class VllmEngine:
         with span("probe"):
             logprobs = self._wait(self._probe(list(probe)))
         return Receipt(frozenset(first["checksums"]), first["num_elements"], first["checksums"], logprobs)
+
+    def layout(self) -> Layout:
+        """See `GenerationEngine.layout`: as the model's own loaders cut it, learnt once from the live workers."""
+        if self._layout is None:
+            shapes = {name: list(shape) for name, shape in self._shapes.items()}
+            answers = self._rpc("slices", shapes)
+            dtype = answers[0]["dtype"]
+            parameters = [Parameter(name, shape, dtype) for name, shape in self._shapes.items()]
+            self._layout = layout_of(parameters, [from_lists(answer["boxes"]) for answer in answers])
+        return self._layout
+
+    def receive_planned(
+        self, version: int, incoming: Sequence[Incoming], publications: Sequence[Publication], probe: Sequence[int]
+    ) -> PlannedReceipt:
+        """See `GenerationEngine.receive_planned`. As after `receive`, held requests go on with the new weights."""
+        layout = self.layout()
+        self._half_written = FAILED
+        with span("write_weights"):
+            refuse_other_storages(layout, incoming)
+            self._wait(self._engine.pause_generation(mode="keep", clear_cache=False))
+            answers = self._rpc("receive_planned", pickle.dumps((list(incoming), list(publications), self._shapes)))
+        _refuse_unwritten(answers)
+        self._wait(self._take_version(version))
+        self._half_written = ""
+        with span("probe"):
+            logprobs = self._wait(self._probe(list(probe)))
+        return PlannedReceipt({row: sum_ for answer in answers for row, sum_ in answer["checksums"].items()}, logprobs)
 
     async def _take_version(self, version: int) -> None:
         await self._engine.reset_prefix_cache()
@@ -183,11 +216,37 @@ class VllmEngine:
         """One dict a tensor rank: largest absolute difference of each parameter that the engine does not hold exactly
         as in `weights`. Reads back what the kernels compute with."""
         with SharedFile(weights) as file:
-            return self._rpc("held_differences", file)
+            return self._rpc_file("held_differences", file)
 
-    def _rpc(self, method: str, file: SharedFile) -> list[dict[str, Any]]:
-        arguments = (str(file.path), file.num_bytes, file.manifest)
-        return self._wait(self._engine.collective_rpc(method, args=arguments))
+    def read_back(self, incoming: Sequence[Incoming], publications: Sequence[Publication]) -> list[Difference]:
+        """See `GenerationEngine.read_back`. A CPU's packed experts cannot be read; they are named in the error, after
+        all that can be has been compared."""
+        refuse_other_storages(self.layout(), incoming)
+        answers = self._rpc("read_back", pickle.dumps((list(incoming), list(publications), self._shapes)))
+        differences = (
+            Difference(parameter, rank, tuple(low), tuple(high), largest)
+            for rank, answer in enumerate(answers)
+            for parameter, low, high, largest in answer["differences"]
+        )
+        found = list(dict.fromkeys(differences))  # a head's plain and packed weight differ alike
+        if answers[0]["unread"] and not found:
+            unread = ", ".join(answers[0]["unread"])
+            raise WeightSyncError(
+                f"rollout.read_back: {unread}: packed for this CPU's kernels, which are not readable; "
+                "the checksums and the probe's log-probs are their proof. All other parameters are as published"
+            )
+        return found
+
+    def _rpc_file(self, method: str, file: SharedFile) -> list[dict[str, Any]]:
+        return self._rpc(method, str(file.path), file.num_bytes, file.manifest)
+
+    def _rpc(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
+        """What every tensor rank answers. One that answers `error` is named."""
+        answers: list[dict[str, Any]] = self._wait(self._engine.collective_rpc(method, args=arguments))
+        for rank, answer in enumerate(answers):
+            if "error" in answer:
+                raise WeightSyncError(f"rollout, tensor rank {rank}: {answer['error']}")
+        return answers
 
     def pause(self) -> None:
         """Freeze running requests where they are; new ones wait. Returns when nothing runs any more."""
@@ -195,6 +254,8 @@ class VllmEngine:
         self._wait(self._engine.pause_generation(mode="keep", clear_cache=False))
 
     def resume(self) -> None:
+        """Let held requests go on; not with half-new weights."""
+        self._refuse_half_written()
         self._paused = False
         self._wait(self._engine.resume_generation())
 
@@ -235,6 +296,13 @@ class VllmEngine:
         self._engine = None
         if output_handler is not None:
             await asyncio.wait([output_handler])  # it was cancelled; let it end before its loop does
+
+
+def _refuse_unwritten(answers: Sequence[Mapping[str, Any]]) -> None:
+    for rank, answer in enumerate(answers):
+        if answer["unwritten"]:
+            left = ", ".join(answer["unwritten"])
+            raise WeightSyncError(f"rollout.receive: tensor rank {rank} left {left} unwritten; it must not generate")
 
 
 def _parameters(sampling: Sampling, stops: Sequence[int], request: Request) -> Any:

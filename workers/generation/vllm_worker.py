@@ -4,46 +4,98 @@ vLLM mixes this class into its own worker (`worker_extension_cls`), so `self.mod
 repacked at load on a CPU: `reload_weights` is the only way in, and the live kernel the only way to read them back.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import logging
+import pickle
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from hybridflow.errors import WeightSyncError
 from hybridflow.resharding.proofs import checksum
 from hybridflow.resharding.weights import Entry, unpack
+from workers.generation.vllm_loaders import Load, boxes_of, record_loads, unloaded
+from workers.generation.vllm_read_back import held_parameters, read_back
+from workers.generation.vllm_stream import receive_stream, reload
+
+T = TypeVar("T")
+Arguments = ParamSpec("Arguments")
+
+
+def _answering(method: Callable[Arguments, dict[str, T]]) -> Callable[Arguments, dict[str, T] | dict[str, str]]:
+    """Answer `error` instead of raising: vLLM reads ranks' answers in order and stops at the first exception, so those
+    of later ranks would be taken for answers to the next call."""
+
+    @wraps(method)
+    def answer(*args: Arguments.args, **kwargs: Arguments.kwargs) -> dict[str, T] | dict[str, str]:
+        try:
+            return method(*args, **kwargs)
+        except WeightSyncError as error:
+            return {"error": str(error)}
+        except Exception as error:
+            logging.getLogger(__name__).exception("rollout: a call of a vLLM worker failed")
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    return answer
 
 
 class WeightReceiver:
-    """Worker extension of one tensor-parallel rank."""
+    """Worker extension of one tensor-parallel rank. A method that fails answers `error`."""
 
     model_runner: Any
+    _loads: list[Load]
 
+    @_answering
+    def slices(self, shapes: dict[str, list[int]]) -> dict[str, Any]:
+        """`boxes`: what this rank loads of each Hugging Face parameter of these shapes."""
+        model, config = self.model_runner.get_model(), self.model_runner.model_config
+        self._loads = record_loads(model, config, shapes, config.dtype)
+        left = sorted(unloaded(model, self._loads))
+        if left:
+            raise WeightSyncError(f"rollout.layout: no Hugging Face parameter is loaded into {', '.join(left)}")
+        return {"boxes": boxes_of(self._loads, shapes), "dtype": str(config.dtype).removeprefix("torch.")}
+
+    @_answering
+    def receive_planned(self, message: bytes) -> dict[str, Any]:
+        """message: pickled (Incoming of every tensor rank, publications, shapes). Answers `checksums` by row of the
+        plan, `unwritten` (the engine's own parameters that nothing reached)."""
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        incoming, publications, shapes = pickle.loads(message)
+        part = incoming[get_tensor_model_parallel_rank()]
+        return receive_stream(self.model_runner, self._loads, shapes, part, publications)
+
+    @_answering
+    def read_back(self, message: bytes) -> dict[str, Any]:
+        """As `receive_planned`, but compares; answers `differences` and `unread`."""
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        incoming, publications, shapes = pickle.loads(message)
+        part = incoming[get_tensor_model_parallel_rank()]
+        return read_back(self.model_runner.get_model(), self._loads, shapes, part, publications)
+
+    @_answering
     def receive_weights(self, path: str, num_bytes: int, manifest: list[list[Any]]) -> dict[str, Any]:
         """Load the full weights of the mapped file. Answers checksums and element counts of what came, by name, and
         `unwritten`: the engine's own parameters that no tensor reached."""
         weights = _mapped(path, num_bytes, manifest)
         checksums = {name: checksum(tensor) for name, tensor in weights.items()}
-        model = self.model_runner.get_model()
-        parameters = {name for name, _ in model.named_parameters()}
-        for module in model.modules():
-            method: Any = getattr(module, "quant_method", None)
-            if getattr(method, "moe_kernel", None) is not None:
-                method.moe_kernel = None  # else vLLM keeps the experts' old packed weights, silently
-        written = _reload(self.model_runner, model, weights)
         return {
             "checksums": checksums,
             "num_elements": {name: tensor.numel() for name, tensor in weights.items()},
-            "unwritten": sorted(parameters - written),
+            "unwritten": reload(self.model_runner, weights.items()),
         }
 
+    @_answering
     def held_differences(self, path: str, num_bytes: int, manifest: list[list[Any]]) -> dict[str, float]:
         """Largest absolute difference, by the engine's own parameter name, between what this rank holds and its slice
         of the full weights of the mapped file; parameters that agree exactly are left out."""
         weights = _mapped(path, num_bytes, manifest)
         model = self.model_runner.get_model()
         differences = {}
-        for name, label, held in _held(model):
+        for name, label, held in held_parameters(model):
             wanted = _slice_for(model, name, held, weights)
             difference = float((held.float() - wanted.to(held.dtype).to(held.device).float()).abs().max())
             if difference != 0.0:  # NaN is a difference
@@ -55,44 +107,6 @@ def _mapped(path: str, num_bytes: int, manifest: list[list[Any]]) -> dict[str, T
     """Views of the file's pages: private (a writing engine would not touch the sender's) and copied by no one."""
     flat = torch.from_file(path, shared=False, size=num_bytes, dtype=torch.uint8)
     return unpack(flat, [Entry(name, dtype, tuple(shape), offset) for name, dtype, shape, offset in manifest])
-
-
-def _reload(model_runner: Any, model: nn.Module, weights: Mapping[str, Tensor]) -> set[str]:
-    """vLLM's reload, which only logs what it did not load; so its answer is caught on the way."""
-    load: Any = model.load_weights
-    written: set[str] = set()
-
-    def recording(iterator: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loaded = load(iterator)
-        written.update(loaded or ())
-        return loaded
-
-    model.load_weights = recording  # type: ignore[assignment]
-    try:
-        model_runner.reload_weights(weights_iterator=iter(weights.items()))
-    finally:
-        del model.load_weights
-    return written
-
-
-def _held(model: nn.Module) -> Iterable[tuple[str, str, Tensor]]:
-    """(parameter name, label, tensor as this rank computes with it): packed weights are read through their kernel. A
-    vocabulary's weight is there twice: plain for the look-up and packed for the head."""
-    for owner, submodule in model.named_modules():
-        module: Any = submodule
-        for kind, parameter in module.named_parameters(recurse=False):
-            name = f"{owner}.{kind}"
-            if parameter.numel():
-                yield name, name, parameter.data
-            if kind == "weight" and hasattr(module, "cpu_linear"):
-                yield name, f"{name} (packed)", _through_kernel(module)
-
-
-def _through_kernel(module: Any) -> Tensor:
-    """(out, in) weight of a CPU linear: its kernel applied to the identity, exact because all other terms are 0."""
-    width = getattr(module, "input_size_per_partition", None) or module.embedding_dim
-    eye = torch.eye(int(width), dtype=module.weight.dtype)
-    return module.cpu_linear(eye, module.weight, None).t()
 
 
 def _slice_for(model: nn.Module, name: str, held: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

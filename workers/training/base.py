@@ -9,6 +9,7 @@ from torch import Tensor
 from hybridflow.batch import Batch, Ragged
 from hybridflow.loss import Loss, Output
 from hybridflow.metrics import Metrics
+from hybridflow.resharding.layout import Layout
 
 
 class TrainEngine(Protocol):
@@ -41,6 +42,20 @@ class TrainEngine(Protocol):
     def state_dict(self) -> Mapping[str, Tensor]:
         """The full weights on every rank under their Hugging Face names, `lm_head.weight` included even when tied; an
         adapter is merged into them."""
+        ...
+
+    def layout(self) -> Layout:
+        """Which slice of which parameter this rank holds: `ranks` is this rank alone, shapes are of the whole model,
+        names those of `state_dict`, `lm_head.weight` included even when tied. The same before and after training."""
+        ...
+
+    def storages(self) -> Mapping[str, Tensor]:
+        """The layout's tensors by storage name, flat, contiguous and live: the optimizer writes them in place, so what
+        is put into shared memory once (`untyped_storage().share_memory_()`) goes on being trained there.
+
+        Weights that an adapter is merged into are copies, in memory that is the same at every call and is brought up to
+        date by the call alone: call before every transfer, on all ranks (ZeRO 3 gathers such a layer at a time). After
+        `offload` and `onload` on a CUDA device the tensors are others."""
         ...
 
     def offload(self) -> None: ...

@@ -1,10 +1,12 @@
-"""DeepSpeed: ZeRO 0 to 3. Gradients equal the torch engine's: summed over ranks and micro-batches, never averaged."""
+"""DeepSpeed: ZeRO 0 to 3 over data ranks, AutoTP over tensor ranks. Gradients equal the torch engine's: summed over
+data ranks and micro-batches, never averaged."""
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed
@@ -17,30 +19,35 @@ from hybridflow.loss import Loss
 from hybridflow.metrics import Metrics
 from workers.training.device import backend, join_process_group
 from workers.training.engine import DataParallelEngine, Work
+from workers.training.layout_reader import LayoutReader
 from workers.training.microbatch import MicroBatch
 from workers.training.modeling import ModelKind
 from workers.training.optimizer import learning_rate, make_optimizer
 from workers.training.rng import load_rng, save_rng
 from workers.training.settings import EngineSettings
+from workers.training.tensor_parallel import TensorGroup, refuse_model, refuse_settings, tensor_parallel_config
 
 _TAG = "deepspeed"
 
 
-def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
+def deepspeed_config(settings: EngineSettings, tensor: int = 1) -> dict[str, Any]:
     """The configuration handed to DeepSpeed: ours, with the user's `deepspeed` section merged over it key by key."""
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings.max_grad_norm or 0.0,
+        # Without ZeRO the engine here clips: DeepSpeed would count what is on every tensor rank differently on each.
+        "gradient_clipping": (settings.max_grad_norm or 0.0) if settings.zero_stage else 0.0,
         "zero_optimization": {"stage": settings.zero_stage, "reduce_scatter": True},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    if settings.dtype == "bfloat16":
+    if settings.dtype == "bfloat16" and settings.zero_stage:  # a frozen model has no ZeRO, and is bfloat16 as it is
         ours["bf16"] = {"enabled": True, "check_grad_overflow": True}
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
         ours["communication_data_type"] = "fp32"
+    if tensor > 1:
+        ours["tensor_parallel"] = tensor_parallel_config(tensor)
     return _merged(ours, settings.deepspeed)
 
 
@@ -53,19 +60,39 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class DeepSpeedEngine(DataParallelEngine):
-    """Every rank must make the same calls. A rank without rows runs idle micro-batches at weight zero."""
+    """Every rank must make the same calls, ranks of one tensor group with the same rows. A rank without rows runs idle
+    micro-batches at weight zero. A frozen model is divided over tensor ranks alone."""
 
-    def __init__(self, folder: Path, settings: EngineSettings, coordinates: Coordinates, kind: ModelKind) -> None:
+    cuts_tensors: ClassVar[bool] = True
+
+    def __init__(
+        self, folder: Path, settings: EngineSettings, coordinates: Coordinates, kind: ModelKind, trainable: bool = True
+    ) -> None:
+        tensor = coordinates.shape.tensor
+        if tensor > 1:
+            refuse_settings(settings, tensor)
+        if not trainable:
+            settings = settings.model_copy(update={"zero_stage": 0, "deepspeed": {}})
         super().__init__(folder, settings, coordinates, kind)
+        if tensor > 1:
+            refuse_model(self.scorer, tensor)
         import deepspeed
 
         join_process_group(coordinates, self.device)
         deepspeed.init_distributed(dist_backend=backend(self.device))
-        self.num_ranks = coordinates.shape.num_ranks
-        optimizer = make_optimizer(settings.optimizer, [p for p in self.scorer.parameters() if p.requires_grad])
+        self.trainable = trainable
+        self.tensor_group = TensorGroup(tensor)
+        if not trainable:
+            self.scorer.requires_grad_(False)
+        trained = [p for p in self.scorer.parameters() if p.requires_grad]
+        optimizer = make_optimizer(settings.optimizer, trained) if trainable else None
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.scorer, optimizer=optimizer, config=deepspeed_config(settings), dist_init_required=False
+            model=self.scorer, optimizer=optimizer, config=deepspeed_config(settings, tensor), dist_init_required=False
         )
+
+    @cached_property
+    def reader(self) -> LayoutReader:
+        return LayoutReader(self.scorer, self.coordinates, self.tensor_group.cuts(self.scorer))
 
     def _score(self, micro: MicroBatch, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
         found = self.engine(micro.tokens_BT.to(self.device), micro.index_N.to(self.device), outputs, temperature)
@@ -106,7 +133,7 @@ class DeepSpeedEngine(DataParallelEngine):
                 else:
                     loss = self._idle_loss(idle)
                 # DeepSpeed averages over data ranks; the loss's weights are global already, so ranks must only sum.
-                self.engine.backward(loss * self.num_ranks, scale_wrt_gas=False)
+                self.engine.backward(loss * self.coordinates.shape.data, scale_wrt_gas=False)
         return total, metrics
 
     def _rounds(self, parts: Sequence[tuple[Batch, Loss]]) -> list[tuple[Work | None, Loss]]:
@@ -122,12 +149,14 @@ class DeepSpeedEngine(DataParallelEngine):
     def _step_if_finite(self) -> float:
         """Steps, unless the gradient norm (returned) is not finite: then the gradients are dropped.
 
-        DeepSpeed's ZeRO optimizers do so by themselves; without ZeRO it would step.
+        DeepSpeed's ZeRO optimizers do so, and clip, by themselves; without ZeRO it would step.
         """
         if self.settings.zero_stage == 0:
-            gradients = [p.grad for p in self.scorer.parameters() if p.grad is not None]
-            grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+            gradients = {name: p.grad for name, p in self.scorer.named_parameters() if p.grad is not None}
+            grad_norm, limit = self.tensor_group.norm(gradients), self.settings.max_grad_norm
             if math.isfinite(grad_norm):
+                if limit is not None and grad_norm > limit:
+                    torch._foreach_mul_(list(gradients.values()), limit / (grad_norm + 1e-6))
                 self.engine.step()
             else:
                 self.engine.zero_grad()
@@ -140,16 +169,22 @@ class DeepSpeedEngine(DataParallelEngine):
         from deepspeed.utils import safe_get_full_grad
 
         found = {name: safe_get_full_grad(p) for name, p in self.scorer.named_parameters() if p.requires_grad}
-        return {name: gradient.float().clone() for name, gradient in found.items() if gradient is not None}
+        return {
+            name: self.tensor_group.whole(name, gradient).float().clone()
+            for name, gradient in found.items()
+            if gradient is not None
+        }
 
     def whole(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """See `DataParallelEngine.whole`. Under ZeRO 3 copies, gathered from all ranks."""
+        """See `DataParallelEngine.whole`. Copies, gathered from all ranks: all of them under ZeRO 3, and what is cut
+        over tensor ranks."""
         if self.settings.zero_stage < 3:
-            return {name: tensor.detach() for name, tensor in read().items()}
+            return {name: self.tensor_group.whole(name, tensor.detach()) for name, tensor in read().items()}
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(self.scorer.parameters())):
-            return {name: tensor.detach().clone() for name, tensor in read().items()}
+            found = {name: tensor.detach() for name, tensor in read().items()}
+            return {name: self.tensor_group.whole(name, tensor).clone() for name, tensor in found.items()}
 
     def offload(self) -> None:
         """States to the CPU's memory between phases (DeepSpeed can do so under ZeRO 3 alone). Nothing on a CPU."""
@@ -167,7 +202,9 @@ class DeepSpeedEngine(DataParallelEngine):
             self.engine.reload_states()
 
     def save(self, folder: Path) -> None:
-        """See `TrainEngine.save`."""
+        """See `TrainEngine.save`. A frozen model has nothing to save."""
+        if not self.trainable:
+            return
         self.engine.save_checkpoint(
             str(folder), tag=_TAG, client_state={"steps": self.steps}, save_latest=False,
             exclude_frozen_parameters=self.scorer.adapter is not None,
@@ -177,10 +214,14 @@ class DeepSpeedEngine(DataParallelEngine):
             (folder / "deepspeed.json").write_text(json.dumps(self._shape()))
 
     def _shape(self) -> dict[str, Any]:
-        return {"zero_stage": self.settings.zero_stage, "ranks": self.num_ranks, "dtype": self.settings.dtype}
+        shape, settings = self.coordinates.shape, self.settings
+        saved = {"zero_stage": settings.zero_stage, "ranks": shape.num_ranks, "dtype": settings.dtype}
+        return {**saved, "tensor": shape.tensor} if shape.tensor > 1 else saved
 
     def load(self, folder: Path) -> None:
-        """Same ZeRO stage, dtype and number of ranks as when saved; raises CheckpointError otherwise."""
+        """Same ZeRO stage, dtype and numbers of ranks as when saved; raises CheckpointError otherwise."""
+        if not self.trainable:
+            return
         if not (folder / "deepspeed.json").is_file():
             raise CheckpointError(f"{folder}: no deepspeed.json; a checkpoint of engine=deepspeed has one")
         saved = json.loads((folder / "deepspeed.json").read_text())

@@ -39,10 +39,14 @@ def join_process_group(coordinates: Coordinates, device: torch.device) -> None:
     torch.distributed.init_process_group(backend(device), rank=coordinates.rank, world_size=coordinates.shape.num_ranks)
 
 
-def refuse_model_parallel(coordinates: Coordinates, engine: str) -> None:
+def refuse_model_parallel(coordinates: Coordinates, engine: str, cuts_tensors: bool) -> None:
     shape = coordinates.shape
-    if shape.tensor > 1 or shape.pipeline > 1:
+    if shape.pipeline > 1:
         raise HybridFlowError(
-            f"engine={engine}: found tensor={shape.tensor}, pipeline={shape.pipeline}; it trains with data parallelism "
-            "only (ZeRO shards the states). Set both to 1"
+            f"engine={engine}: found pipeline={shape.pipeline}; no engine trains in stages: set it to 1"
+        )
+    if shape.tensor > 1 and not cuts_tensors:
+        raise HybridFlowError(
+            f"engine={engine}: found tensor={shape.tensor}; every rank of it holds whole weights. Set tensor=1, or "
+            "engine=deepspeed"
         )

@@ -3,7 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from hybridflow.controller.coordinates import Coordinates
 from hybridflow.errors import HybridFlowError, NonFiniteError
 from hybridflow.loss import Loss, Output
 from hybridflow.metrics import Metric, Metrics, merge
+from hybridflow.resharding.layout import Layout
 from workers.training.device import refuse_model_parallel, training_device
+from workers.training.layout_reader import LayoutReader
 from workers.training.microbatch import (
     MicroBatch,
     idle_micro_batch,
@@ -31,8 +35,11 @@ Work = tuple[MicroBatch, Batch, Loss]
 class DataParallelEngine(ABC):
     """One rank of a model whose rows are split over data ranks. Subclasses own the optimizer and the collectives."""
 
+    cuts_tensors: ClassVar[bool] = False
+    """Whether it can divide the weights over tensor ranks."""
+
     def __init__(self, folder: Path, settings: EngineSettings, coordinates: Coordinates, kind: ModelKind) -> None:
-        refuse_model_parallel(coordinates, settings.name)
+        refuse_model_parallel(coordinates, settings.name, self.cuts_tensors)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.settings = settings
@@ -153,6 +160,18 @@ class DataParallelEngine(ABC):
     def state_dict(self) -> Mapping[str, Tensor]:
         """See `TrainEngine.state_dict`. Live weights, not copies, but for those that an adapter is merged into."""
         return self.whole(self.scorer.weights)
+
+    @cached_property
+    def reader(self) -> LayoutReader:
+        return LayoutReader(self.scorer, self.coordinates)
+
+    def layout(self) -> Layout:
+        """See `TrainEngine.layout`."""
+        return self.reader.layout()
+
+    def storages(self) -> Mapping[str, Tensor]:
+        """See `TrainEngine.storages`."""
+        return self.reader.storages()
 
     def export(self, folder: Path) -> None:
         """See `TrainEngine.export`."""

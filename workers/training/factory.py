@@ -12,12 +12,13 @@ from workers.training.torch_engine import TorchEngine
 def build_engine(
     folder: Path, settings: EngineSettings, coordinates: Coordinates, kind: ModelKind, trainable: bool
 ) -> TrainEngine:
-    """The configured engine on a model folder. A frozen model (a reference) always runs in the torch engine, which then
-    holds no gradients and needs no collectives. Without trained weights to begin from, it needs no adapter either."""
+    """The configured engine on a model folder. A frozen model (a reference) runs in the torch engine, which then holds
+    no gradients and needs no collectives, unless its weights are to be divided over tensor ranks. Without trained
+    weights to begin from, it needs no adapter either."""
     if not trainable and settings.lora is not None and settings.lora.init_from is None:
         settings = settings.model_copy(update={"lora": None})
-    if settings.name == "torch" or not trainable:
+    if settings.name == "torch" or (not trainable and coordinates.shape.tensor == 1):
         return TorchEngine(folder, settings, coordinates, kind, trainable)
     from workers.training.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(folder, settings, coordinates, kind)
+    return DeepSpeedEngine(folder, settings, coordinates, kind, trainable)

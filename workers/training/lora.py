@@ -92,17 +92,28 @@ class Adapter:
     def merged(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`state` of the whole model as a model without an adapter has it: plain names, and W + scale B A, summed in
         float32 at least, in new tensors. All other tensors are those of `state`."""
-        plain = {}
+        return {
+            name: tensor if layer is None else self.with_delta(layer, tensor)
+            for name, (tensor, layer) in self.plain(state).items()
+        }
+
+    def plain(self, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Any]]:
+        """`state` without the adapter, under plain names, each tensor with the layer whose B A is to be added to it."""
+        plain: dict[str, tuple[Tensor, Any]] = {}
         for name, tensor in state.items():
             owner, _, leaf = name.partition(".base_layer.")
             if owner in self.layers:
-                added = leaf == "weight"
-                plain[f"{owner}.{leaf}"] = self._with_delta(self.layers[owner], tensor) if added else tensor
+                plain[f"{owner}.{leaf}"] = tensor, self.layers[owner] if leaf == "weight" else None
             elif name.partition(".lora_")[0] not in self.layers:
-                plain[name] = tensor
+                plain[name] = tensor, None
         return plain
 
-    def _with_delta(self, layer: Any, weight: Tensor) -> Tensor:
+    def parts(self, layer: Any) -> list[Tensor]:
+        """The live A and B of a layer."""
+        return [getattr(layer, part)[ACTIVE].weight for part in _PARTS]
+
+    def with_delta(self, layer: Any, weight: Tensor) -> Tensor:
+        """W + scale B A in a new tensor, summed in float32 at least."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         delta = layer.lora_B[ACTIVE].weight.to(wide) @ layer.lora_A[ACTIVE].weight.to(wide) * self.scale
         return (weight.to(wide) + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hybridflow.config.model_paths import VALUE_HEAD_FILE
 from hybridflow.errors import ConfigError, HybridFlowError, did_you_mean
 from workers.training.logprobs import TokenHead
 from workers.training.settings import EngineSettings, LoraSettings
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from workers.training.lora import Adapter
 
 ModelKind = Literal["causal_lm", "critic", "reward_model"]
-VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_HEAD_PREFIX = "value_head."
 ADAPTER_FOLDER = "adapter"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -117,11 +117,20 @@ class Scorer(nn.Module):
         self.adapter = Adapter(self.hf, settings, folder, self.task)
         self.register_state_dict_post_hook(_leave_out_frozen)
 
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Live tensors under the names of the module tree, tied ones under each of their names."""
+        return dict(self.hf.state_dict(keep_vars=True))
+
     def weights(self) -> dict[str, Tensor]:
         """Live tensors under Hugging Face names, tied ones under each of their names. An adapter is merged into new
         tensors, so that the names and shapes are those of the model without one."""
-        found = dict(self.hf.state_dict(keep_vars=True))
+        found = self.named_tensors()
         return self.adapter.merged(found) if self.adapter else found
+
+    def live(self) -> dict[str, tuple[Tensor, Any]]:
+        """What `weights` is made of: each live tensor, and the adapter's layer to be merged into it or None."""
+        found = self.named_tensors()
+        return self.adapter.plain(found) if self.adapter else {name: (tensor, None) for name, tensor in found.items()}
 
     def adapter_weights(self) -> dict[str, Tensor]:
         """The live tensors of the adapter under peft's names; empty where there is none."""
@@ -213,9 +222,9 @@ class Critic(Scorer):
         hidden_ND = self.hidden_at(tokens_BT, index_N - 1)
         return {"values": self.value_head(hidden_ND)[:, 0]}
 
-    def weights(self) -> dict[str, Tensor]:
+    def named_tensors(self) -> dict[str, Tensor]:
         head = self.value_head.state_dict(keep_vars=True)
-        return {**super().weights(), **{VALUE_HEAD_PREFIX + name: tensor for name, tensor in head.items()}}
+        return {**super().named_tensors(), **{VALUE_HEAD_PREFIX + name: tensor for name, tensor in head.items()}}
 
     def export(self, folder: Path, state: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> None:
         super().export(folder, state, adapter)

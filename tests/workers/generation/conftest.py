@@ -39,30 +39,27 @@ class TinyModel:
         return TinyModel(self.folder, other)
 
 
-def make_tiny(folder: Path, tied: bool) -> TinyModel:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def save_folder(folder: Path, kind: str, **sizes: Any) -> Any:
+    """A random model of `kind` (Qwen2, Llama, Mixtral), saved; small in all that `sizes` does not say."""
+    import transformers
 
     torch.manual_seed(3)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        eos_token_id=END_OF_CONFIG,
-        initializer_range=0.08,
-    )
-    model = Qwen2ForCausalLM(config).eval()
+    small = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    end = {"eos_token_id": END_OF_CONFIG, "initializer_range": 0.08}
+    config = getattr(transformers, f"{kind}Config")(**{**small, **heads, **end, **sizes})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # zero at the start, which would hide a lost one
                 parameter.normal_(std=0.05)
     model.generation_config.eos_token_id = [END_OF_CONFIG, END_OF_GENERATION_CONFIG]
     model.save_pretrained(folder)
-    return TinyModel(folder, model)
+    return model
+
+
+def make_tiny(folder: Path, tied: bool) -> TinyModel:
+    return TinyModel(folder, save_folder(folder, "Qwen2", tie_word_embeddings=tied))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -99,6 +96,34 @@ def vllm_engine(tied: TinyModel) -> Iterator[Any]:
     from workers.generation.vllm_engine import VllmEngine
 
     engine = VllmEngine(tied.folder, RolloutSettings(kv_cache_gib=0.1, max_num_seqs=32))
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="session")
+def cut_engine(untied: TinyModel) -> Iterator[Any]:
+    """Two tensor-parallel workers."""
+    yield from _cut_engine(untied.folder)
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    folder = tmp_path_factory.mktemp("mixture")
+    return TinyModel(folder, save_folder(folder, "Mixtral", num_local_experts=4))
+
+
+@pytest.fixture(scope="session")
+def mixture_engine(mixture: TinyModel) -> Iterator[Any]:
+    """Two tensor-parallel workers, each with half of every expert."""
+    yield from _cut_engine(mixture.folder)
+
+
+def _cut_engine(folder: Path) -> Iterator[Any]:
+    pytest.importorskip("vllm", reason="vLLM is an optional extra")
+    from workers.generation.settings import RolloutSettings
+    from workers.generation.vllm_engine import VllmEngine
+
+    engine = VllmEngine(folder, RolloutSettings(kv_cache_gib=0.1, max_num_seqs=8, tensor_parallel_size=2))
     yield engine
     engine.shutdown()
 

@@ -6,8 +6,12 @@ from hybridflow.batch import Batch, Ragged
 from hybridflow.batch_ref import BatchRef, Block
 from hybridflow.controller.coordinates import Coordinates, Shape
 from hybridflow.controller.worker import WorkerContext
-from hybridflow.resharding.proofs import receipt, verify
-from hybridflow.resharding.weights import pack, to_batch
+from hybridflow.errors import WeightSyncError
+from hybridflow.resharding.incoming import expected_checksums
+from hybridflow.resharding.proofs import verify_planned
+from hybridflow.resharding.shards import Spec, build_layout, grid
+from hybridflow.resharding.transport import Delivery, PublishedMemory, RankLayout, ThroughStore
+from hybridflow.schedule.policy_sync import plan_route
 from workers.generation.base import Sampling
 from workers.generation.settings import RolloutSettings
 from workers.rollout import RolloutWorker
@@ -88,10 +92,20 @@ def test_an_empty_shard_yields_nothing(worker, requests):
     assert list(worker.generate(requests.take(np.array([], dtype=np.int64)))) == []
 
 
-def test_weights_come_as_buckets_from_a_store(worker, tied):
-    other, probe = tied.perturbed(seed=8), [3, 4, 5, 6]
-    sent = receipt(other.weights(), other.logprobs(probe[:1], probe[1:])[torch.arange(3), probe[1:]].tolist())
-    store = worker.context.store
-    buckets = [BatchRef.put(to_batch([bucket]), store) for bucket in pack(other.weights(), max_bytes=100_000)]
-    assert len(buckets) > 3
-    verify([worker.receive(1, buckets, probe)], sent, tolerance=1e-4)
+@pytest.mark.parametrize("transport", [PublishedMemory(), ThroughStore(100_000)])
+def test_weights_come_as_planned_and_serve_once_they_are_trusted(worker, requests, tied, transport):
+    other, probe, store = tied.perturbed(seed=8), [3, 4, 5, 6], worker.context.store
+    weights = {name: tensor.flatten() for name, tensor in other.weights().items()}
+    wanted = worker.layout()
+    held = build_layout([Spec(parameter) for parameter in wanted.layout.parameters], grid())
+    route = plan_route([RankLayout(held, wanted.node)], [wanted], bucket_bytes=100_000)
+    assert route.transport == PublishedMemory()
+    offer = transport.offer(route.outgoing[0], weights, store)
+    receipt = worker.receive(Delivery(1, route.incoming[0], transport, (offer,), tuple(probe)))
+
+    exact = other.logprobs(probe[:1], probe[1:])[torch.arange(3), probe[1:]].tolist()
+    verify_planned(route.plan, expected_checksums(route.outgoing[0], weights), exact, [receipt], tolerance=1e-4)
+    with pytest.raises(WeightSyncError, match="weights of version 1 are not proven yet"):
+        next(worker.generate(requests))
+    worker.trust()
+    assert set(next(worker.generate(requests)).ragged("versions").flat.tolist()) == {-1, 1}

@@ -83,22 +83,17 @@ def test_read_back_finds_a_planted_difference(vllm_engine, tied):
     }
 
 
-def test_untied_weights_reach_two_tensor_parallel_workers(untied):
-    from workers.generation.vllm_engine import VllmEngine
-
-    engine = VllmEngine(untied.folder, RolloutSettings(kv_cache_gib=0.1, max_num_seqs=8, tensor_parallel_size=2))
-    try:
-        assert engine.held_differences(untied.weights()) == [{}, {}]
-        other, probe = untied.perturbed(seed=4), list(range(30, 60))
-        got = engine.receive(1, other.weights(), probe)
-        exact_T = other.logprobs(probe[:1], probe[1:])[torch.arange(len(probe) - 1), probe[1:]]
-        verify([got], receipt(other.weights(), exact_T.tolist()), tolerance=1e-4)
-        assert engine.held_differences(other.weights()) == [{}, {}]
-        ((sample,),) = engine.generate([Request(0, 0, [7, 8, 9], 1)], Sampling(max_response_tokens=16))
-        exact_T = other.logprobs([7, 8, 9], sample.tokens)[torch.arange(len(sample.tokens)), sample.tokens]
-        assert sample.logprobs == pytest.approx(exact_T.tolist(), abs=1e-5)
-    finally:
-        engine.shutdown()
+def test_untied_weights_reach_two_tensor_parallel_workers(cut_engine, untied):
+    assert cut_engine.held_differences(untied.weights()) == [{}, {}]
+    other, probe = untied.perturbed(seed=4), list(range(30, 60))
+    got = cut_engine.receive(1, other.weights(), probe)
+    exact_T = other.logprobs(probe[:1], probe[1:])[torch.arange(len(probe) - 1), probe[1:]]
+    verify([got], receipt(other.weights(), exact_T.tolist()), tolerance=1e-4)
+    assert cut_engine.held_differences(other.weights()) == [{}, {}]
+    ((sample,),) = cut_engine.generate([Request(0, 0, [7, 8, 9], 1)], Sampling(max_response_tokens=16))
+    exact_T = other.logprobs([7, 8, 9], sample.tokens)[torch.arange(len(sample.tokens)), sample.tokens]
+    assert sample.logprobs == pytest.approx(exact_T.tolist(), abs=1e-5)
+    cut_engine.receive(0, untied.weights(), [1, 2])
 
 
 def test_each_replica_gets_cores_of_its_own():

@@ -1,0 +1,173 @@
+"""What the ranks of `reshard_speed.py` run: weights of two training ranks, and what stands for an engine's memory."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hybridflow.controller.dispatch import dispatch
+from hybridflow.controller.worker import Worker
+from hybridflow.resharding.buckets import view
+from hybridflow.resharding.incoming import Checksums, Incoming, Outgoing, assemble, expected_checksums
+from hybridflow.resharding.layout import Layout
+from hybridflow.resharding.plan import Plan
+from hybridflow.resharding.proofs import PlannedReceipt
+from hybridflow.resharding.published import mapped
+from hybridflow.resharding.transfer import Processes, execute
+from hybridflow.resharding.transport import Delivery, Offer, RankLayout, Transport
+
+SAMPLE_S = 0.001
+
+
+@dataclass(frozen=True)
+class Measured:
+    """seconds: in this process. extra_bytes: most private memory beyond what it held before, and shared memory of its
+    own, at any time."""
+
+    seconds: float
+    extra_bytes: int
+
+
+def private_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("no RssAnon")
+
+
+class Peak:
+    """Samples this process's private memory until it is stopped."""
+
+    def __init__(self) -> None:
+        self.start = self.most = private_bytes()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._end.wait(SAMPLE_S):
+            self.most = max(self.most, private_bytes())
+
+    def stop(self) -> int:
+        self._end.set()
+        self._thread.join()
+        return max(self.most, private_bytes()) - self.start
+
+
+class Rank(Worker):
+    """Holds the storages of its rank of a layout, every page of them in memory."""
+
+    def __init__(self, context: Any, layouts: Sequence[Layout]) -> None:
+        super().__init__(context)
+        torch.set_num_threads(1)
+        self.mine = layouts[context.coordinates.rank]
+        (rank,) = self.mine.ranks
+        self.storages = {name: tensor.fill_(rank + 1) for name, tensor in self.mine.allocate(rank).items()}
+        self.measured: dict[str, Measured] = {}
+
+    @contextmanager
+    def measure(self, what: str, own_bytes: Callable[[], int] = lambda: 0) -> Any:
+        peak, began = Peak(), time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self.measured[what] = Measured(seconds, peak.stop() + own_bytes())
+
+    @dispatch("ONE_TO_ALL")
+    def found(self, what: str) -> Measured:
+        return self.measured[what]
+
+    @dispatch("ONE_TO_ALL")
+    def layout(self) -> RankLayout:
+        return RankLayout.here(self.mine)
+
+    @dispatch("ONE_TO_ALL")
+    def join_gloo(self, address: str, first: int, world: int) -> None:
+        rank = first + self.context.coordinates.rank
+        dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world)
+
+    def _execute(self, plan: Plan, processes: Processes, source: Any, destination: Any, bucket_bytes: int) -> None:
+        dist.barrier()
+        with self.measure("gloo"):
+            execute(plan, processes, source, destination, bucket_bytes=bucket_bytes)
+
+
+class TrainingRank(Rank):
+    @dispatch("ALL_TO_ALL")
+    def offer(self, outgoing: Outgoing, transport: Transport) -> Offer:
+        with self.measure("offer"):
+            return transport.offer(outgoing, self.storages, self.context.store)
+
+    @dispatch("ALL_TO_ALL")
+    def prove(self, outgoing: Outgoing, probe: list[int]) -> tuple[Checksums, list[float]]:
+        with self.measure("prove"):
+            return expected_checksums(outgoing, self.storages), [0.0]
+
+    @dispatch("ONE_TO_ALL")
+    def train(self) -> None:
+        for tensor in self.storages.values():
+            tensor += 1
+
+    @dispatch("ONE_TO_ALL")
+    def save(self, folder: str) -> str:
+        """Each rank its own shard, at the same time as the others."""
+        path = f"{folder}/{self.context.coordinates.rank}.safetensors"
+        with self.measure("save"):
+            save_file(self.storages, path)
+        return path
+
+    @dispatch("ONE_TO_ALL")
+    def gloo(self, plan: Plan, processes: Processes, bucket_bytes: int) -> None:
+        self._execute(plan, processes, {self.context.coordinates.rank: self.storages}, {}, bucket_bytes)
+
+
+class EngineRank(Rank):
+    @dispatch("ALL_TO_ALL")
+    def receive(self, delivery: Delivery) -> PlannedReceipt:
+        checksums: Checksums = {}
+        held: list[int] = []
+        with self.measure("receive", lambda: sum(held)):
+            taken = delivery.transport.take(delivery.incoming, delivery.offers, self.context.store)
+            held += [memory.nbytes for memory in taken.memory]
+            with mapped(taken.publications) as sources:
+                for _, _, sums in assemble(taken.incoming[0], sources, self.storages):
+                    checksums |= sums
+        return PlannedReceipt(checksums, [0.0])
+
+    @dispatch("ONE_TO_ALL")
+    def trust(self) -> None:
+        """Nothing waits for it here."""
+
+    @dispatch("ONE_TO_ALL")
+    def copy(self) -> None:
+        """A plain copy of as many bytes from this process's own memory, into the same tensors."""
+        other = {name: torch.ones_like(tensor) for name, tensor in self.storages.items()}
+        with self.measure("copy"):
+            for name, tensor in self.storages.items():
+                tensor.copy_(other[name])
+
+    @dispatch("ALL_TO_ALL")
+    def load(self, incoming: Incoming, paths: list[str]) -> None:
+        with self.measure("load"):
+            sources: Mapping[int, Mapping[str, Tensor]] = {rank: load_file(path) for rank, path in enumerate(paths)}
+            for filling in incoming.fillings:
+                into = self.storages[filling.storage.name]
+                for move in filling.moves:
+                    out = view(sources[move.source.rank][move.source.storage], move.source, move.shape)
+                    view(into, move.destination, move.shape).copy_(out)
+
+    @dispatch("ONE_TO_ALL")
+    def gloo(self, plan: Plan, processes: Processes, bucket_bytes: int) -> None:
+        rank = self.context.coordinates.rank
+        self._execute(plan, processes, {}, {rank: self.storages}, bucket_bytes)
+
+    @dispatch("ONE_TO_ALL")
+    def sums(self) -> float:
+        return float(sum(tensor.double().sum() for tensor in self.storages.values()))

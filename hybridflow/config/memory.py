@@ -1,0 +1,185 @@
+"""Bytes that every role holds in every phase of a step, from numbers alone: nothing is loaded.
+
+Counted is what lives from step to step: weights, gradients, optimizer states, key-value caches. Activations, logits and
+DeepSpeed's reduce buckets come on top; they depend on tokens_per_micro_batch and the engine's own settings.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from hybridflow.config.model_numbers import decoder_of, role_facts
+from hybridflow.config.placement_checks import VLLM_VOCABULARY_MULTIPLE
+from hybridflow.config.run_config import MODEL_TYPES, RunConfig
+from hybridflow.resharding.cuts import shard
+from hybridflow.resharding.decoder import Decoder, EngineCuts, decoder_specs
+from hybridflow.resharding.layout import dtype_of
+from hybridflow.resharding.shards import ZERO_ALIGNMENT, Spec
+
+PERSISTENT = 100_000
+"""Parameters up to this many elements stay gathered on every rank under ZeRO 3: DeepSpeed's default."""
+
+FLOAT32 = 4
+OPTIMIZER_STATES = {"adamw": 2, "sgd": 0}  # float32 numbers a trained weight
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one rank of a training engine; of a rollout, one worker of an engine. cache: keys and values.
+    in_flight: the most that an engine holds beside its weights while it takes new ones."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    cache: int = 0
+    in_flight: int = 0
+    keeps_gradients: bool = False
+    sleeps: bool = False
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Peak bytes in training, in transition (actor to engines) and in generation.
+
+        An engine on a GPU sleeps while others train, and has no cache while it takes new weights. A CPU engine keeps
+        both, in a process of its own: during the transition the node has trainer's and engine's weights.
+        """
+        own = self.weights + self.optimizer
+        idle = own + (self.gradients if self.keeps_gradients else 0)
+        return {
+            "training": 0 if self.sleeps else own + self.gradients + self.cache,
+            "transition": idle + self.in_flight + (0 if self.sleeps else self.cache),
+            "generation": idle + self.cache,
+        }
+
+
+def held(config: RunConfig, role: str, product: str) -> Held | None:
+    """What one rank of the role instance holds. None for a function, and where the model's sizes are not known.
+    product: the role that the run's algorithm trains, whatever its type."""
+    if config.role_type(role) == "rollout":
+        return _engine(config)
+    if config.role_type(role) not in MODEL_TYPES:
+        return None
+    instance = config.instance(role)
+    engine = instance.engine if instance is not None else None
+    decoder = decoder_of(role_facts(config, role), getattr(engine, "dtype", "float32"))
+    if decoder is None:
+        return None
+    trains = config.role_type(role) in ("actor", "critic") or role == product
+    return training(decoder, engine, local_sizes(config, role, decoder), config.shape(role).data, trains)
+
+
+def local_sizes(config: RunConfig, role: str, decoder: Decoder) -> list[int]:
+    """Elements of every tensor that a tensor rank holds, before ZeRO; tied ones once."""
+    kind, facts = config.role_type(role), role_facts(config, role)
+    specs = decoder_specs(decoder)
+    values = kind in ("critic", "reward_model")  # one number a token in place of the head
+    if values or facts.get("tie_word_embeddings"):
+        specs = [spec for spec in specs if spec.parameter.name != "lm_head.weight"]
+    return shard_sizes(specs, config.shape(role).tensor) + ([decoder.hidden_size, 1] if values else [])
+
+
+def shard_sizes(specs: Iterable[Spec], tensor: int) -> list[int]:
+    """Elements of each parameter on tensor rank 0, padding included: no rank holds more."""
+    at = {"tensor": (0, tensor), "expert": (0, 1)}
+    return [shard(spec.parameter.name, spec.parameter.shape, spec.cuts, at).num_elements for spec in specs]  # type: ignore[arg-type]
+
+
+def training(decoder: Decoder, engine: Any, sizes: Sequence[int], data: int, trains: bool) -> Held:
+    """sizes: elements of each tensor on this tensor rank. data: ranks that ZeRO shares them over."""
+    itemsize = dtype_of(decoder.dtype).itemsize
+    name, stage = getattr(engine, "name", "torch"), getattr(engine, "zero_stage", 0)
+    lora = getattr(engine, "lora", None)
+    if not trains or name == "torch" or stage == 0:
+        whole = sum(sizes) * itemsize
+        if not trains:
+            return Held(whole)
+        trained = _adapter_elements(decoder, lora) if lora else sum(sizes)
+        masters = FLOAT32 * trained if itemsize < FLOAT32 else 0
+        states = _states(engine) * max(itemsize, FLOAT32) * trained
+        extra = trained * itemsize if lora else 0
+        gradients = trained * max(itemsize, FLOAT32)
+        return Held(whole + extra, gradients, masters + states, keeps_gradients=name == "torch")
+    return _zero(decoder, engine, sizes, data, stage, itemsize)
+
+
+def _zero(decoder: Decoder, engine: Any, sizes: Sequence[int], data: int, stage: int, itemsize: int) -> Held:
+    """ZeRO 1 to 3: float32 masters and optimizer states of 1 / data of what trains, beside the weights themselves."""
+    lora = getattr(engine, "lora", None)
+    trained = [_adapter_elements(decoder, lora)] if lora else list(sizes)
+    frozen = list(sizes) if lora else []
+    part = _part(sum(trained), data) if stage < 3 else sum(-(-size // data) for size in trained)
+    if stage < 3:
+        # The weights are views of one flat buffer, padded so that it divides.
+        weights = (part * data + sum(frozen)) * itemsize
+    else:
+        limit = _persistence_threshold(engine)
+        gathered = sum(size for size in (*trained, *frozen) if size <= limit)
+        weights = (part + sum(-(-size // data) for size in frozen) + gathered) * itemsize
+    gradients = FLOAT32 * (sum(trained) if stage == 1 else part)
+    optimizer = (1 + _states(engine)) * FLOAT32 * part
+    return Held(weights, gradients, optimizer, keeps_gradients=stage == 3)
+
+
+def _part(total: int, data: int) -> int:
+    return -(-total // (data * ZERO_ALIGNMENT)) * ZERO_ALIGNMENT
+
+
+def _persistence_threshold(engine: Any) -> int:
+    section = getattr(engine, "deepspeed", {}).get("zero_optimization", {})
+    return int(section.get("stage3_param_persistence_threshold", PERSISTENT))
+
+
+def _states(engine: Any) -> int:
+    return OPTIMIZER_STATES.get(getattr(getattr(engine, "optimizer", None), "name", "adamw"), 2)
+
+
+def _adapter_elements(decoder: Decoder, lora: Any) -> int:
+    """Of A (rank x in) and B (out x rank) at every linear layer that has them; the output head has none."""
+    wanted = lora.target_modules
+    total = 0
+    for spec in decoder_specs(decoder):
+        module, _, kind = spec.parameter.name.rpartition(".")
+        linear = kind == "weight" and len(spec.parameter.shape) == 2 and module.endswith("_proj")
+        if linear and (wanted == "all-linear" or any(module == name or module.endswith(f".{name}") for name in wanted)):
+            total += lora.rank * sum(spec.parameter.shape)
+    return total
+
+
+def generation_cuts(config: RunConfig) -> EngineCuts:
+    """How the rollout's engine divides and stores the model."""
+    if getattr(config.rollout, "engine", None) == "hf":
+        return EngineCuts()
+    return EngineCuts(VLLM_VOCABULARY_MULTIPLE, fused=True, cut_experts=True)
+
+
+def _engine(config: RunConfig) -> Held | None:
+    facts = role_facts(config, "rollout")
+    decoder = decoder_of(facts, getattr(config.rollout, "dtype", "float32"))
+    if decoder is None:
+        return None
+    itemsize = dtype_of(decoder.dtype).itemsize
+    specs = decoder_specs(decoder, generation_cuts(config))
+    if facts.get("tie_word_embeddings"):
+        specs = [spec for spec in specs if spec.parameter.name != "lm_head.weight"]
+    sizes = shard_sizes(specs, config.bundles_per_rank("rollout"))
+    layers: dict[object, int] = {}
+    for spec, size in zip(specs, sizes, strict=True):
+        layers[spec.where] = layers.get(spec.where, 0) + size
+    place = config.place("rollout")
+    on_gpu = place is not None and config.placement.pools[place.pool].gpus_per_rank > 0
+    hf = getattr(config.rollout, "engine", None) == "hf"
+    return Held(
+        weights=sum(sizes) * itemsize,
+        cache=_hf_cache(config, decoder) if hf else int(getattr(config.rollout, "kv_cache_gib", 0.0) * 2**30),
+        in_flight=2 * max(layers.values()) * itemsize,
+        sleeps=on_gpu and not hf,
+    )
+
+
+def _hf_cache(config: RunConfig, decoder: Decoder) -> int:
+    """Keys and values of the rows that decode together, at their longest; allocated while they do."""
+    rows = getattr(config.rollout, "max_num_seqs", 1)
+    longest = config.data.max_prompt_tokens + config.rollout.sampling.max_response_tokens  # type: ignore[attr-defined]
+    shape = (2, decoder.num_layers, decoder.num_kv_heads, decoder.head_size, rows, longest)
+    return prod(shape) * dtype_of(decoder.dtype).itemsize

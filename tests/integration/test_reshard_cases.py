@@ -1,0 +1,50 @@
+"""The six cases of `make reshard-cases` on one Ray cluster: engine and trainer agree, and all cases with each other."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridflow import launch
+from hybridflow.config.layout_table import reshard
+from hybridflow.config.load import load
+
+PROGRAM = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/reshard_cases.py"))
+CASES, LIMIT = PROGRAM["CASES"], PROGRAM["LIMIT"]
+pytestmark = pytest.mark.timeout(1500)  # up to ten processes on two cores
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> dict[str, Path]:
+    return {name: tmp_path_factory.mktemp(name) / "run" for name in CASES}
+
+
+def samples_of(folder: Path, step: int) -> dict[Any, tuple[list[int], float]]:
+    rows = [json.loads(line) for line in (folder / f"samples/step-{step:06d}.jsonl").read_text().splitlines()]
+    return {index: (row["tokens"], row["reward"]) for index, row in enumerate(rows)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_engines_and_trainer_agree(name: str, folders: dict[str, Path]) -> None:
+    config = load([*PROGRAM["COMMON"], *CASES[name].overrides, f"run_folder={folders[name]}"])
+    assert launch.run(config) == 0
+    planned = reshard(config)
+    steps = PROGRAM["steps_of"](folders[name])
+    assert [step["sync/version"] for step in steps] == [1, 2]
+    assert planned is not None and {step["sync/bytes"] for step in steps} == {planned.total}, "what `check` prints"
+    assert min(step["actor/grad_norm"] for step in steps) > 1e-3, "the weights must move"
+    assert PROGRAM["largest_difference"](folders[name]) <= LIMIT
+
+
+def test_every_layout_is_the_same_training(folders: dict[str, Path]) -> None:
+    """The same seeds and, but for rounding, the same weights: the same tokens in both steps and the same losses."""
+    first, *others = (folder for folder in folders.values() if (folder / "samples").is_dir())
+    assert len(others) == len(CASES) - 1, "a case did not run"
+    for other in others:
+        for step in (1, 2):
+            assert samples_of(other, step) == samples_of(first, step), (other, step)
+        for one, two in zip(PROGRAM["steps_of"](first), PROGRAM["steps_of"](other), strict=True):
+            for metric in ("actor/loss", "actor/grad_norm"):
+                assert two[metric] == pytest.approx(one[metric], rel=1e-4, abs=1e-6), (other, metric)
