@@ -14,8 +14,8 @@ from hybridflow.batch_ref import BatchRef
 
 class AWR(PolicyGradient):
     class Config(PolicySettings):
-        """weight_max: the authors' code has 20. beta: it has 1, of advantages that it standardises; ours are not, and for
-        scores of 0 and 1 we take 0.5."""
+        """weight_max: 20 in the authors' code. beta: 1 there, of advantages that it standardises; ours are not, and 0.5
+        is our choice for scores of 0 and 1."""
 
         old_logprobs: Literal["recompute", "rollout", "detach"] = "rollout"
         beta: float = Field(0.5, gt=0)

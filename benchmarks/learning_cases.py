@@ -3,7 +3,7 @@
 All online algorithms draw 512 samples a step (ReMax's greedy half among them; DAPO and ScaleRL draw until 512 are kept)
 and share the actor's learning rate, so that their curves may be laid over each other; iterative_dpo, with four steps a
 batch, falls at that rate before it rises, and has a quarter of it. Beside that the settings are those of the YAMLs,
-and otherwise what arithmetic_grpo was given. Three that gained least in 120 steps have 200.
+and otherwise what arithmetic_grpo was given. The three that gained least in 120 steps have more.
 """
 
 from dataclasses import dataclass

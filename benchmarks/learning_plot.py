@@ -18,7 +18,7 @@ from learning_cases import ONLINE
 from learning_runs import metrics_lines
 from matplotlib import pyplot
 
-SEEDS, COLUMNS, WINDOW, LONGEST = (0, 1, 2), 6, 10, 120
+SEEDS, COLUMNS, WINDOW, LONGEST = (0, 1, 2), 6, 10, 200
 
 
 def rewards(folder: Path) -> tuple[np.ndarray, np.ndarray]:

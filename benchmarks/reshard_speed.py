@@ -3,7 +3,7 @@
     python benchmarks/reshard_speed.py [--sizes 3M 100M 500M] [--engines 1 2] [--rounds 5] [--bucket-mib 64]
 
 Two tensor ranks of a dense decoder in float32, engines that want it whole; each rank a Ray actor of one thread. The
-engines are their memory alone: a real one's own reload comes on top and is measured by `reshard_engines.py`.
+engines are their memory alone: a real one's own reload comes on top and is not measured here.
 
   memory copy        each engine's process copies as many bytes from its own memory: the limit
   published memory   the engine maps the trainer's memory and copies its slices, checksums included
@@ -15,9 +15,9 @@ engines are their memory alone: a real one's own reload comes on top and is meas
 *Colocated* and *split* differ, for CPU processes on one node, in the pool that the engines are in, and so in what runs
 beside what: colocated calls run one after another; split, the trainers' checksums are computed while engines receive.
 Seconds are the best of the rounds, of the slowest rank. `extra` is the most private memory a process needed beyond what
-it held, and shared memory of its own. Exits with 1 where an engine holds other weights than the trainer, published
-memory is below half the speed of the copy, or sync less than 3 times as fast as the disk; the smallest size is printed
-and not judged, since there calls cost more than bytes. Ends with `ratio <least share of the copy's speed / 0.5>`.
+it held, and shared memory of its own. Exits with 1 where published memory is below half the speed of the copy, or sync
+less than 3 times as fast as the disk; the smallest size is printed and not judged, since there calls cost more than
+bytes. Ends with `ratio <least share of the copy's speed / 0.5>`.
 """
 
 import argparse

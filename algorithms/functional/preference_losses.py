@@ -180,13 +180,6 @@ def orpo(pairs: Pairs, settings: PairSettings) -> Tensor:
     return settings.nll_coef * pairs.chosen_nll_P - settings.beta * logsigmoid(log_odds_P)
 
 
-def bco_rows(logratio_B: Tensor, desirable_B: Tensor, shift: Tensor, beta: float) -> Tensor:
-    """-log sigma(beta r - delta) on desirable rows, -log sigma(delta - beta r) on undesirable ones (BCO, 2404.04656).
-    `shift` is delta, a scalar or (B,) without gradient: `bco_shift`, or the caller's running mean of it over steps."""
-    margin_B = beta * logratio_B - shift.detach()
-    return -logsigmoid(torch.where(desirable_B, margin_B, -margin_B))
-
-
 @torch.no_grad()
 def bco_shift(logratio_B: Tensor, desirable_B: Tensor, beta: float) -> Tensor:
     """delta = (mean reward of desirable + mean reward of undesirable rows) / 2, reward = beta r, over all rows of the

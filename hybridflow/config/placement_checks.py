@@ -54,11 +54,17 @@ def check_cuts(config: RunConfig, role: str, facts: Mapping[str, Any], problems:
         if place.tensor > 1 and (experts := facts.get("num_local_experts") or facts.get("num_experts")):
             text = f"found {place.tensor}; the model has {experts} experts, which training does not cut yet: allowed 1"
             problems.add(f"{key}.tensor", text)
+        elif place.tensor > 1 and (family := facts.get("model_type")) not in CUT_FAMILIES:
+            text = f"found {place.tensor}; training cuts models of type {', '.join(CUT_FAMILIES)}, this one is {family}"
+            problems.add(f"{key}.tensor", f"{text}: allowed 1")
         layers = facts.get("num_hidden_layers")
         if isinstance(layers, int) and layers % place.pipeline:
             text = f"found {place.pipeline}; it must divide the model's {layers} layers"
             problems.add(f"{key}.pipeline", f"{text}: {_listed(lambda size: layers % size == 0, layers)}")
 
+
+CUT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types that tensor-parallel training knows how to cut (`workers/training/tensor_parallel.py`)."""
 
 Division = tuple[str, Callable[[int], bool]]
 """What is divided, in words, and whether a size divides it."""

@@ -50,12 +50,13 @@ class Handle:
 
 @dataclass(frozen=True)
 class Publication:
-    """All storages of one rank."""
+    """All storages of one rank. lasting: the same memory will be read again, so a reader keeps it mapped."""
 
     rank: int
     node: str
     pid: int
     handles: tuple[Handle, ...]
+    lasting: bool = True
 
 
 @cache
@@ -65,7 +66,7 @@ def this_node() -> str:
     return f"{os.uname().nodename}/{boot[:8]}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
-def publish(rank: int, storages: Mapping[str, Tensor]) -> Publication:
+def publish(rank: int, storages: Mapping[str, Tensor], lasting: bool = True) -> Publication:
     """Move these tensors' memory into shared memory, unless it is there already, and say where it is.
 
     Cheap to call again: only memory that is new is moved. Raises WeightSyncError where a tensor is not contiguous or
@@ -82,7 +83,7 @@ def publish(rank: int, storages: Mapping[str, Tensor]) -> Publication:
     new = [memory for memory in memories.values() if memory.nbytes() and not memory.is_shared()]
     _make_room(rank, sum(memory.nbytes() for memory in new), len(new))
     handles = tuple(_handle(name, tensor) for name, tensor in storages.items())
-    return Publication(rank, this_node(), os.getpid(), handles)
+    return Publication(rank, this_node(), os.getpid(), handles, lasting)
 
 
 def shared_bytes(rank: int, num_bytes: int) -> Tensor:
@@ -148,7 +149,8 @@ class Mapped:
         key, known = (self.publication.pid, self.publication.rank), dict[int, Tensor]()
         before = _last.get(key, {})
         self.storages = {handle.storage: self._view(handle, known, before) for handle in self.publication.handles}
-        _last[key] = known
+        if self.publication.lasting:
+            _last[key] = known  # else memory that its owner has given up would live on here
         return self
 
     def __exit__(

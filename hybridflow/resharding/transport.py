@@ -137,7 +137,7 @@ class ThroughStore:
                     flat = _fetched(packed[source], rank, found[source], store)
                     memory.append(flat)
                     storages |= _unpacked(flat, rank, source, found[source], places)
-            publications.append(publish(source, storages))
+            publications.append(publish(source, storages, lasting=False))
         moved = tuple(
             Incoming(part.rank, tuple(_moved(filling, places) for filling in part.fillings)) for part in incoming
         )

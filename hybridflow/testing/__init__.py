@@ -3,7 +3,7 @@
     check_loss(loss)                    masks, one number a token, rows on their own, finite, pickles
     check_partition(loss)               one gradient for every split into ranks and micro-batches, and in any row order
     check_partition(Algorithm, config)  one gradient, and metrics, of a whole step of an algorithm for every split
-    check_algorithm(Algorithm, config)  that, row order, masked junk, finiteness, pickling, state that the next step reads
+    check_algorithm(Algorithm, config)  that, row order, masked junk, finiteness, pickling, state of the next step
     check_reward(function, samples)     a reward's answers
 
 Each raises `ContractViolation`, an AssertionError that says what was found, or returns None.

@@ -130,8 +130,8 @@ def test_everything_is_reported_at_once():
         (["rollout=hf", "rollout.kv_cache_gib=4"], "rollout.kv_cache_gib: found 4.0; only engine=vllm reads it"),
         (["rollout=hf", "rollout.vllm={seed: 1}"], "rollout.vllm: found {'seed': 1}; only engine=vllm reads it"),
         (["rollout=hf", "rollout.kv_cache_gib=1.0", "rollout.vllm={}"], None),
-        ([*HALF, "rollout.dtype=bfloat16"], "actor.engine.float32_head: found true; allowed: false, as rollout.float32"),
-        ([HALF[0], "rollout.dtype=float16", "rollout.float32_head=true"], "actor.engine.float32_head: found false; all"),
+        ([*HALF, "rollout.dtype=bfloat16"], "actor.engine.float32_head: found true; allowed: false, as rollout"),
+        ([HALF[0], "rollout.dtype=float16", "rollout.float32_head=true"], "actor.engine.float32_head: found false;"),
         ([*HALF, "rollout.dtype=bfloat16", "rollout.float32_head=true"], None),
         (HALF, None),  # a rollout in float32 has its head in it anyway
         (["engine.float32_head=true"], None),

@@ -67,6 +67,9 @@ def test_the_shape_of_each_group() -> None:
         (["placement.roles.actor.tensor=2", "actor.engine.compile=true"],
          "placement.roles.actor.tensor: found 2 with actor.engine.compile; cut layers are not compiled: allowed 1, or "
          "compile=false"),
+        (["placement.roles.actor.tensor=2", "model.config.model_type=olmo2"],
+         "placement.roles.actor.tensor: found 2; training cuts models of type llama, mistral, qwen2, qwen3, this one "
+         "is olmo2: allowed 1"),
         (["placement.roles.actor.tensor=2", "model.config.model_type=mixtral"],
          "placement.roles.actor.tensor: found 2; the model has 8 experts, which training does not cut yet: allowed 1"),
         (["placement.roles.reward.tensor=2"],

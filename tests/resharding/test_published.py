@@ -131,3 +131,11 @@ def test_the_limit_of_open_files_is_raised_or_named(monkeypatch):
     limits["now"] = (100, 100)
     with pytest.raises(WeightSyncError, match=r"3 tensors need \d+ open files, this process may have 100"):
         publish(0, {str(i): torch.zeros(1) for i in range(3)})
+
+
+def test_memory_that_will_not_be_read_again_is_let_go(other):
+    """What comes through the store is another memory at each sync: a reader that kept it would hold the model twice."""
+    once = replace(other.publication, lasting=False)
+    with Mapped(once) as view:
+        assert torch.equal(view.storages["flat"], torch.arange(100.0))
+    assert (once.pid, once.rank) not in published._last

@@ -130,6 +130,13 @@ def test_a_fixed_coefficient_stays():
     assert kl.FixedKL().next(0.3, 1e9, 512) == 0.3
 
 
+def test_adaptive_controller():
+    controller = kl.AdaptiveKL(target=6.0, horizon=10_000)
+    assert controller.next(0.2, 6.6, 512) == pytest.approx(0.2 * (1 + 0.1 * 512 / 10_000))
+    assert controller.next(0.2, 60.0, 512) == pytest.approx(0.2 * (1 + 0.2 * 512 / 10_000))
+    assert controller.next(0.2, 0.0, 512) == pytest.approx(0.2 * (1 - 0.2 * 512 / 10_000))
+
+
 def test_k3_stays_finite_where_the_reference_is_far_above():
     lp = torch.tensor([-100.0, -1000.0], requires_grad=True)
     value = kl.estimate("k3", lp, torch.zeros(2))

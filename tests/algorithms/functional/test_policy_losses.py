@@ -73,6 +73,14 @@ def test_cispo_gradient_is_the_clipped_ratio_held_still(name):
         assert gradient == pytest.approx(-weight * float(a[i]), rel=1e-12)
 
 
+def test_ppo_by_hand():
+    """Ratios 0.5, 1.5, 2.0, 6.0 with clip 0.2 / 0.28; the last two have a negative advantage, dual clip 3."""
+    ratios, advantages = torch.tensor([0.5, 1.5, 2.0, 6.0]), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    loss, active = policy_losses.ppo(ratios.log(), torch.zeros(4), advantages, 0.2, 0.28, dual_clip=3.0)
+    torch.testing.assert_close(loss, torch.tensor([-0.5, -1.28, 2.0, 3.0]))
+    assert active.tolist() == [False, True, False, False]
+
+
 def test_dual_clip_bounds_the_loss_and_its_gradient():
     """A = -1, ratio 6: PPO's max gives 6, c = 3 holds it at 3, without gradient; A > 0 is left alone."""
     lp = torch.tensor([6.0, 6.0, 2.0]).double().log().requires_grad_()

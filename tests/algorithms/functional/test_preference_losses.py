@@ -340,16 +340,6 @@ def test_constants_carry_no_gradient():
         assert all(constant.grad is None for constant in marked)
 
 
-def test_bco_pairs_are_its_rows():
-    pairs = random_pairs(4)
-    chosen, rejected = pairs.ratios
-    yes = torch.ones(6, dtype=torch.bool)
-    shift = preference_losses.bco_shift(torch.cat([chosen, rejected]), torch.cat([yes, ~yes]), SETTINGS.beta)
-    rows = preference_losses.bco_rows(chosen, yes, shift, SETTINGS.beta)
-    rows = rows + preference_losses.bco_rows(rejected, ~yes, shift, SETTINGS.beta)
-    torch.testing.assert_close(evaluate("bco", pairs), rows, rtol=1e-12, atol=0)
-
-
 # The registry
 
 
