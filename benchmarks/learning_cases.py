@@ -75,15 +75,15 @@ def policy(name: str, rate: float = 2e-4) -> Case:
     return Case(name, given, 200, schedule=0, metric="val/preference_accuracy")
 
 
-def reward(name: str, metric: str) -> Case:
+def reward(name: str, metric: str, steps: int) -> Case:
     """To judge a sum at its last digit is a skill of its own, so it starts from the model that adds best."""
     given = (f"algorithm={name}", "model=pretrained", "trainer.prompts_per_step=128", "engine.optimizer.lr=3e-4")
-    return Case(name, given, 800, "grpo", 0, metric)
+    return Case(name, given, steps, "grpo", 0, metric)
 
 
 OFFLINE = (
     *(policy(name) for name in ("dpo", "simpo", "cpo", "orpo")),
     policy("kto", 3e-5),
-    reward("reward_model", "val/preference_accuracy"),
-    reward("process_reward_model", "val/step_accuracy"),
+    reward("reward_model", "val/preference_accuracy", 2000),
+    reward("process_reward_model", "val/step_accuracy", 800),
 )
