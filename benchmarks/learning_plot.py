@@ -1,7 +1,7 @@
 """The curves of benchmarks/learning.py as one picture: a panel an algorithm, mean reward against steps, a line a seed.
 
     pip install --no-deps --target .plot -r requirements/plot.txt
-    PYTHONPATH=.plot python benchmarks/learning_plot.py runs/learning docs/learning.svg
+    PYTHONPATH=.plot python benchmarks/learning_plot.py runs/learning docs/learning.png
 
 Rewards are those of the training samples, averaged over `WINDOW` steps. Grey is GRPO of the same seed, to compare with.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("svg")
+matplotlib.use("agg")
 
 import numpy as np
 from learning_cases import ONLINE
@@ -49,8 +49,7 @@ def main(folder: Path, target: Path) -> None:
     figure.supxlabel("step (512 samples each)", fontsize=8)
     figure.supylabel("mean reward of training samples", fontsize=8)
     figure.tight_layout()
-    pyplot.rcParams["svg.hashsalt"] = "learning"
-    figure.savefig(target, metadata={"Date": None})
+    figure.savefig(target)
 
 
 if __name__ == "__main__":
