@@ -19,7 +19,7 @@ from hybridflow.resharding.buckets import view
 from hybridflow.resharding.incoming import Checksums, Incoming, Outgoing, assemble, expected_checksums
 from hybridflow.resharding.layout import Layout
 from hybridflow.resharding.plan import Plan
-from hybridflow.resharding.proofs import PlannedReceipt
+from hybridflow.resharding.proofs import Receipt
 from hybridflow.resharding.published import mapped
 from hybridflow.resharding.transfer import Processes, execute
 from hybridflow.resharding.transport import Delivery, Offer, RankLayout, Transport
@@ -130,7 +130,7 @@ class TrainingRank(Rank):
 
 class EngineRank(Rank):
     @dispatch("ALL_TO_ALL")
-    def receive(self, delivery: Delivery) -> PlannedReceipt:
+    def receive(self, delivery: Delivery) -> Receipt:
         checksums: Checksums = {}
         held: list[int] = []
         with self.measure("receive", lambda: sum(held)):
@@ -139,7 +139,7 @@ class EngineRank(Rank):
             with mapped(taken.publications) as sources:
                 for _, _, sums in assemble(taken.incoming[0], sources, self.storages):
                     checksums |= sums
-        return PlannedReceipt(checksums, [0.0])
+        return Receipt(checksums, [0.0])
 
     @dispatch("ONE_TO_ALL")
     def trust(self) -> None:

@@ -12,7 +12,7 @@ from hybridflow.controller.dispatch import dispatch
 from hybridflow.controller.worker import Worker, WorkerContext
 from hybridflow.data.tokenizers import continuation_ids, load_tokenizer
 from hybridflow.errors import ConfigError, WeightSyncError
-from hybridflow.resharding.proofs import PlannedReceipt
+from hybridflow.resharding.proofs import Receipt
 from hybridflow.resharding.transport import Delivery, RankLayout
 from hybridflow.spans import span
 from workers.generation.base import GenerationEngine, Request, Sample, Sampling
@@ -89,15 +89,13 @@ class RolloutWorker(Worker):
         return RankLayout.here(self.engine.layout())
 
     @dispatch("ALL_TO_ALL")
-    def receive(self, delivery: Delivery) -> PlannedReceipt:
+    def receive(self, delivery: Delivery) -> Receipt:
         """Replace the engine's weights by the slices that the plan names, and say what it holds now. The engine does
         not generate before `trust`: whatever fails here or elsewhere, none serves weights that are not proven."""
         self._unproven = f"weights of version {delivery.version} are not proven yet"
         with span("receive"):
             taken = delivery.transport.take(delivery.incoming, delivery.offers, self.context.store)
-            return self.engine.receive_planned(
-                delivery.version, taken.incoming, taken.publications, list(delivery.probe)
-            )
+            return self.engine.receive(delivery.version, taken.incoming, taken.publications, list(delivery.probe))
 
     @dispatch("ONE_TO_ALL")
     def trust(self) -> None:

@@ -10,7 +10,7 @@ from hybridflow.metrics import Metric, Metrics
 from hybridflow.resharding.incoming import Checksums, Incoming, Outgoing
 from hybridflow.resharding.layout import combined, renumbered
 from hybridflow.resharding.plan import Plan, make_plan, validate
-from hybridflow.resharding.proofs import verify_planned
+from hybridflow.resharding.proofs import verify
 from hybridflow.resharding.sources import Topology
 from hybridflow.resharding.transport import Delivery, RankLayout, Transport, choose_transport
 
@@ -82,7 +82,7 @@ class PolicySync:
         receipts = self.rollout.receive(deliveries).result()
         sent: Checksums = {row: value for checksums, _ in proofs.result() for row, value in checksums.items()}
         sent_logprobs = proofs.result()[0][1]
-        verify_planned(route.plan, sent, sent_logprobs, receipts, self.tolerance)
+        verify(route.plan, sent, sent_logprobs, receipts, self.tolerance)
         self.rollout.trust().result()
         self.version = version
         difference = max(

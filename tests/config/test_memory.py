@@ -2,9 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from hybridflow.config.layout_table import layout_table, reshard, size_text
 from hybridflow.config.load import load
 from hybridflow.config.memory import held
 from hybridflow.config.run_config import RunConfig
+from tests.rank_processes import run_ranks
 from workers.training.modeling import initialise
 
 HERE = Path(__file__).parent
@@ -154,23 +152,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, i
     folder = tmp_path_factory.mktemp("ranks")
     config: dict[str, Any] = dict(load(MODEL).model.config or {})
     initialise(config, folder / "model", seed=0)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    paths = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    logs = [folder / f"log-{rank}" for rank in range(2)]
-    processes = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, str(HERE / "memory_ranks.py"), str(rank), port, str(folder)]
-        with log.open("w") as out:
-            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
-    try:
-        codes = [process.wait(timeout=400) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    run_ranks(HERE / "memory_ranks.py", 2, folder)
     return [json.loads((folder / f"bytes-{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hybridflow.controller.dispatch import dispatch
-from hybridflow.resharding.proofs import PlannedReceipt
+from hybridflow.resharding.proofs import Receipt
 from hybridflow.resharding.transport import Delivery
 from workers import actor, rollout
 from workers.generation import hf_engine
@@ -63,7 +63,7 @@ class FaultyRollout(rollout.RolloutWorker):
         self.fault = fault
 
     @dispatch("ALL_TO_ALL")
-    def receive(self, delivery: Delivery) -> PlannedReceipt:
+    def receive(self, delivery: Delivery) -> Receipt:
         """The fault strikes when half of the storages are written. It strikes once."""
         fault = self.fault
         if fault is None or fault.rank != self.context.coordinates.rank or fault.version != delivery.version:

@@ -10,7 +10,7 @@ from hybridflow.errors import WeightSyncError
 from hybridflow.resharding.cuts import Even
 from hybridflow.resharding.incoming import assemble, expected_checksums
 from hybridflow.resharding.layout import Parameter, renumbered
-from hybridflow.resharding.proofs import PlannedReceipt
+from hybridflow.resharding.proofs import Receipt
 from hybridflow.resharding.published import mapped
 from hybridflow.resharding.shards import Spec, build_layout, grid
 from hybridflow.resharding.transport import PublishedMemory, RankLayout, ThroughStore
@@ -73,7 +73,7 @@ class FakeRollout:
                     for name, flat, checksums in assemble(incoming, sources):
                         self.holds[incoming.rank][name] = flat
                         sums |= checksums
-            receipt = PlannedReceipt(sums, [-1.0, -2.00005])
+            receipt = Receipt(sums, [-1.0, -2.00005])
             receipts.append(self.harm(receipt) if self.harm and engine == 1 else receipt)
         self.seen.append(deliveries[0].version)
         return Done(receipts)
@@ -103,7 +103,7 @@ def test_the_load_is_shared_by_equal_sources() -> None:
     assert sent[0] == sent[1]
 
 
-def first_row(receipt: PlannedReceipt) -> int:
+def first_row(receipt: Receipt) -> int:
     return min(receipt.checksums)
 
 
@@ -111,18 +111,18 @@ def first_row(receipt: PlannedReceipt) -> int:
     ("harm", "said"),
     [
         (
-            lambda r: PlannedReceipt({k: v for k, v in r.checksums.items() if k != first_row(r)}, r.probe_logprobs),
+            lambda r: Receipt({k: v for k, v in r.checksums.items() if k != first_row(r)}, r.probe_logprobs),
             r"rollout rank 1, tensor rank 0: proof of elements written failed: 1 slices not written: "
             r"a.weight \[0, 0, 0\] to \[2, 6, 1\] of source rank \d",
         ),
         (
-            lambda r: PlannedReceipt({**r.checksums, first_row(r): 1}, r.probe_logprobs),
+            lambda r: Receipt({**r.checksums, first_row(r): 1}, r.probe_logprobs),
             "rollout rank 1, tensor rank 0: proof of checksums as received failed: 1 slices other than sent: a.weight",
         ),
-        (lambda r: PlannedReceipt({**r.checksums, 99: 1}, r.probe_logprobs), r"rows \[99\] are not of the plan's"),
-        (lambda r: PlannedReceipt(r.checksums, [-1.0, -2.1]), "rollout rank 1: proof of probe log-probs"),
-        (lambda r: PlannedReceipt(r.checksums, [-1.0, float("nan")]), "probe"),
-        (lambda r: PlannedReceipt(r.checksums, [-1.0]), "1 values for 2 probe tokens"),
+        (lambda r: Receipt({**r.checksums, 99: 1}, r.probe_logprobs), r"rows \[99\] are not of the plan's"),
+        (lambda r: Receipt(r.checksums, [-1.0, -2.1]), "rollout rank 1: proof of probe log-probs"),
+        (lambda r: Receipt(r.checksums, [-1.0, float("nan")]), "probe"),
+        (lambda r: Receipt(r.checksums, [-1.0]), "1 values for 2 probe tokens"),
     ],
 )
 def test_one_engine_without_proof_holds_the_version_and_none_is_trusted(harm: Any, said: str) -> None:

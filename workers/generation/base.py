@@ -1,15 +1,14 @@
 """What every generation engine does."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from hybridflow.resharding.incoming import Incoming
 from hybridflow.resharding.layout import Layout
-from hybridflow.resharding.proofs import PlannedReceipt, Receipt
+from hybridflow.resharding.proofs import Receipt
 from hybridflow.resharding.published import Publication
 from hybridflow.settings import Settings
 
@@ -105,23 +104,19 @@ class GenerationEngine(Protocol):
         """Finished groups, in the order in which they finish; within a group in request order."""
         ...
 
-    def receive(self, version: int, weights: Mapping[str, Tensor], probe: Sequence[int]) -> Receipt:
-        """Replace all weights by the given ones (Hugging Face names), drop caches, and report what the engine holds:
-        names and element counts written, checksums of the tensors as received, log-probs of `probe[1:]` given their
-        prefixes. Raises WeightSyncError, nothing written, when names or shapes are not those of the model."""
-        ...
-
     def layout(self) -> Layout:
         """Which slices of which parameters (Hugging Face names, `lm_head.weight` included when tied) the engine's
         tensor ranks 0, 1, ... must be given; one storage a parameter and rank."""
         ...
 
-    def receive_planned(
+    def receive(
         self, version: int, incoming: Sequence[Incoming], publications: Sequence[Publication], probe: Sequence[int]
-    ) -> PlannedReceipt:
-        """As `receive`, but each tensor rank copies its own slices out of the publications, one parameter at a time.
-        incoming: one a tensor rank, of a plan whose destination is this engine's `layout`. Whatever fails, the engine
-        refuses to generate until a transfer succeeds."""
+    ) -> Receipt:
+        """Replace all weights and drop caches: each tensor rank copies its own slices out of the publications, one
+        parameter at a time. incoming: one a tensor rank, of a plan whose destination is this engine's `layout`. The
+        receipt has the log-probs of `probe[1:]` given their prefixes. Requests held by `pause` go on with the new
+        weights: those tokens carry the new version. Whatever fails, the engine refuses to generate until a transfer
+        succeeds."""
         ...
 
     def read_back(self, incoming: Sequence[Incoming], publications: Sequence[Publication]) -> list[Difference]:

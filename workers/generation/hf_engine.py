@@ -19,11 +19,11 @@ from hybridflow.errors import WeightSyncError
 from hybridflow.resharding.boxes import three_axes
 from hybridflow.resharding.incoming import Checksums, Incoming, assemble
 from hybridflow.resharding.layout import Layout, Parameter
-from hybridflow.resharding.proofs import Receipt, receipt, refuse_other_shapes
+from hybridflow.resharding.proofs import Receipt
 from hybridflow.resharding.published import Publication, mapped
 from hybridflow.spans import span
 from workers.generation import model_folder
-from workers.generation.base import Difference, PlannedReceipt, Request, Sample, Sampling
+from workers.generation.base import Difference, Request, Sample, Sampling
 from workers.generation.gate import Gate
 from workers.generation.planned import FAILED, refuse_other_storages
 from workers.generation.requests import refuse_unfit, stop_ids
@@ -45,7 +45,6 @@ class HfEngine:
         self._model.generation_config = GenerationConfig()  # the request alone says how to sample
         if settings.float32_head:
             _head_in_float32(self._model)
-        self._shapes = model_folder.weight_shapes(folder)
         self._end_ids = model_folder.end_ids(folder)
         self.max_tokens = model_folder.longest(folder, settings.max_model_len)
         self._rows_per_batch = settings.max_num_seqs
@@ -104,23 +103,6 @@ class HfEngine:
             )
         return _samples(rows, out_BT[:, width:].cpu(), draw, stops)
 
-    def receive(self, version: int, weights: Mapping[str, Tensor], probe: Sequence[int]) -> Receipt:
-        """See `GenerationEngine.receive`. Waits for the decoding step that runs, if one does."""
-        refuse_other_shapes(self._shapes, weights, "rollout.receive")
-        with self._gate.stopped():
-            self._half_written = FAILED
-            self._model.load_state_dict(dict(weights))
-            differing = self.held_differences(weights)[0]
-            if differing:
-                raise WeightSyncError(
-                    f"rollout.receive: after the transfer the model does not hold what was sent: {differing}. "
-                    "A tied lm_head.weight must equal the embedding it is tied to"
-                )
-            self._version = version
-            self._half_written = ""
-            with span("probe"):
-                return receipt(weights, self._probe(list(probe)))
-
     def layout(self) -> Layout:
         """See `GenerationEngine.layout`: every parameter whole, in this process."""
         held = self._model.state_dict()
@@ -130,10 +112,10 @@ class HfEngine:
         ]
         return layout_of(parameters, [{name: [((0, 0, 0), three_axes(held[name].shape))] for name in held}])
 
-    def receive_planned(
+    def receive(
         self, version: int, incoming: Sequence[Incoming], publications: Sequence[Publication], probe: Sequence[int]
-    ) -> PlannedReceipt:
-        """See `GenerationEngine.receive_planned`: one copy, into the model's own parameters."""
+    ) -> Receipt:
+        """See `GenerationEngine.receive`: one copy, into the model's own parameters."""
         with self._gate.stopped():
             self._half_written = FAILED
             refuse_other_storages(self.layout(), incoming)
@@ -142,7 +124,7 @@ class HfEngine:
             self._version = version
             self._half_written = ""
             with span("probe"):
-                return PlannedReceipt(checksums, self._probe(list(probe)))
+                return Receipt(checksums, self._probe(list(probe)))
 
     def _assemble(self, incoming: Incoming, sources: Mapping[int, Mapping[str, Tensor]]) -> Checksums:
         """A tied parameter comes twice, and lies in one memory: the second must equal the first."""
@@ -183,15 +165,6 @@ class HfEngine:
         ids_1T = torch.tensor([tokens], device=self._device)
         logprobs_TV = self._model(ids_1T).logits[0, :-1].float().log_softmax(-1)
         return logprobs_TV.gather(-1, ids_1T[0, 1:, None])[:, 0].tolist()
-
-    def held_differences(self, weights: Mapping[str, Tensor]) -> list[dict[str, float]]:
-        """One dict: largest absolute difference of each parameter that the model does not hold exactly as sent."""
-        differences = {}
-        for name, held in self._model.state_dict().items():
-            difference = float((held.float() - weights[name].to(held.device, held.dtype).float()).abs().max())
-            if difference != 0.0:  # NaN is a difference
-                differences[name] = difference
-        return [differences]
 
     def pause(self) -> None:
         """Freeze after the step that runs. Returns when nothing runs any more."""

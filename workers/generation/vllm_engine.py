@@ -14,20 +14,17 @@ from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from hybridflow.errors import WeightSyncError
 from hybridflow.resharding.incoming import Incoming
 from hybridflow.resharding.layout import Layout, Parameter
-from hybridflow.resharding.proofs import Receipt, refuse_other_shapes
+from hybridflow.resharding.proofs import Receipt
 from hybridflow.resharding.published import Publication
 from hybridflow.spans import span
 from workers.generation import model_folder
-from workers.generation.base import Difference, PlannedReceipt, Request, Sample, Sampling
+from workers.generation.base import Difference, Request, Sample, Sampling
 from workers.generation.planned import FAILED, refuse_other_storages
 from workers.generation.requests import refuse_unfit, stop_ids
 from workers.generation.settings import RolloutSettings
-from workers.generation.shared_file import SharedFile
 from workers.generation.slices import from_lists, layout_of
 from workers.generation.vllm_device import engine_arguments, environment
 
@@ -141,25 +138,6 @@ class VllmEngine:
             samples.append(_sample(request.index, output.outputs[0]))
         finished.put(samples)
 
-    def receive(self, version: int, weights: Mapping[str, Tensor], probe: Sequence[int]) -> Receipt:
-        """See `GenerationEngine.receive`. Requests held by `pause` go on with the new weights: those tokens carry the
-        new version. A failure on the way leaves an engine that refuses to generate until it is sent weights again."""
-        refuse_other_shapes(self._shapes, weights, "rollout.receive")
-        self._half_written = FAILED
-        with span("write_weights"), SharedFile(weights) as file:
-            self._wait(self._engine.pause_generation(mode="keep", clear_cache=False))
-            answers = self._rpc_file("receive_weights", file)
-        first = answers[0]
-        _refuse_unwritten(answers)
-        for rank, answer in enumerate(answers):
-            if answer != first:
-                raise WeightSyncError(f"rollout.receive: tensor ranks 0 and {rank} received different bytes")
-        self._wait(self._take_version(version))
-        self._half_written = ""
-        with span("probe"):
-            logprobs = self._wait(self._probe(list(probe)))
-        return Receipt(frozenset(first["checksums"]), first["num_elements"], first["checksums"], logprobs)
-
     def layout(self) -> Layout:
         """See `GenerationEngine.layout`: as the model's own loaders cut it, learnt once from the live workers."""
         if self._layout is None:
@@ -170,22 +148,22 @@ class VllmEngine:
             self._layout = layout_of(parameters, [from_lists(answer["boxes"]) for answer in answers])
         return self._layout
 
-    def receive_planned(
+    def receive(
         self, version: int, incoming: Sequence[Incoming], publications: Sequence[Publication], probe: Sequence[int]
-    ) -> PlannedReceipt:
-        """See `GenerationEngine.receive_planned`. As after `receive`, held requests go on with the new weights."""
+    ) -> Receipt:
+        """See `GenerationEngine.receive`."""
         layout = self.layout()
         self._half_written = FAILED
         with span("write_weights"):
             refuse_other_storages(layout, incoming)
             self._wait(self._engine.pause_generation(mode="keep", clear_cache=False))
-            answers = self._rpc("receive_planned", pickle.dumps((list(incoming), list(publications), self._shapes)))
+            answers = self._rpc("receive", pickle.dumps((list(incoming), list(publications), self._shapes)))
         _refuse_unwritten(answers)
         self._wait(self._take_version(version))
         self._half_written = ""
         with span("probe"):
             logprobs = self._wait(self._probe(list(probe)))
-        return PlannedReceipt({row: sum_ for answer in answers for row, sum_ in answer["checksums"].items()}, logprobs)
+        return Receipt({row: sum_ for answer in answers for row, sum_ in answer["checksums"].items()}, logprobs)
 
     async def _take_version(self, version: int) -> None:
         await self._engine.reset_prefix_cache()
@@ -212,12 +190,6 @@ class VllmEngine:
             await self._engine.pause_generation(mode="keep", clear_cache=False)
         return [found.logprobs[start] for start in found.start_indices[1:]]
 
-    def held_differences(self, weights: Mapping[str, Tensor]) -> list[dict[str, float]]:
-        """One dict a tensor rank: largest absolute difference of each parameter that the engine does not hold exactly
-        as in `weights`. Reads back what the kernels compute with."""
-        with SharedFile(weights) as file:
-            return self._rpc_file("held_differences", file)
-
     def read_back(self, incoming: Sequence[Incoming], publications: Sequence[Publication]) -> list[Difference]:
         """See `GenerationEngine.read_back`. A CPU's packed experts cannot be read; they are named in the error, after
         all that can be has been compared."""
@@ -236,9 +208,6 @@ class VllmEngine:
                 "the checksums and the probe's log-probs are their proof. All other parameters are as published"
             )
         return found
-
-    def _rpc_file(self, method: str, file: SharedFile) -> list[dict[str, Any]]:
-        return self._rpc(method, str(file.path), file.num_bytes, file.manifest)
 
     def _rpc(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
         """What every tensor rank answers. One that answers `error` is named."""

@@ -19,17 +19,17 @@ Found: TypeAlias = tuple[str, Corner, Corner, float]
 """Parameter, low and high corner of what differs, and the largest absolute difference."""
 
 
-def held_parameters(model: nn.Module) -> Iterable[tuple[str, str, Tensor]]:
-    """(parameter name, label, tensor as this rank computes with it): packed weights are read through their kernel. A
+def held_parameters(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """(parameter name, tensor as this rank computes with it): packed weights are read through their kernel. A
     vocabulary's weight is there twice: plain for the look-up and packed for the head."""
     for owner, submodule in model.named_modules():
         module: Any = submodule
         for kind, parameter in module.named_parameters(recurse=False):
             name = f"{owner}.{kind}"
             if parameter.numel():
-                yield name, name, parameter.data
+                yield name, parameter.data
             if kind == "weight" and hasattr(module, "cpu_linear"):
-                yield name, f"{name} (packed)", _through_kernel(module)
+                yield name, _through_kernel(module)
 
 
 def _through_kernel(module: Any) -> Tensor:
@@ -53,7 +53,7 @@ def read_back(
     packed = set(_packed_experts(model))
     differences: list[Found] = []
     with mapped(publications) as sources:
-        for held_name, _, held in held_parameters(model):
+        for held_name, held in held_parameters(model):
             if held_name in packed:
                 continue
             for load in (load for load in loads if load.held == held_name and load.parameter in fillings):

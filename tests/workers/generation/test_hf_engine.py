@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from hybridflow.errors import WeightSyncError
+from tests.workers.generation.trainer import deliver
 from workers.generation.base import Request, Sampling
 from workers.generation.gate import Gate
 from workers.generation.seeded_draw import SeededDraw, uniforms
@@ -58,7 +58,7 @@ def test_weights_that_come_between_two_steps_are_stamped_on_later_tokens(hf_engi
         leave(gate)
         steps.append(None)
         if len(steps) == 3:
-            sender = threading.Thread(target=hf_engine.receive, args=(4, tied.weights(), [1, 2]))
+            sender = threading.Thread(target=deliver, args=(hf_engine, tied.model, 4, [1, 2]))
             sender.start()
             sender.join(timeout=30)
 
@@ -67,17 +67,7 @@ def test_weights_that_come_between_two_steps_are_stamped_on_later_tokens(hf_engi
     length = len(group[0].tokens)
     assert group[0].versions == [0, 0, 0, 4, 4, 4][:length]
     assert length > 3
-    hf_engine.receive(0, tied.weights(), [1, 2])
-
-
-def test_a_tied_head_that_differs_from_its_embedding_is_refused(hf_engine, tied):
-    weights = tied.weights()
-    weights["lm_head.weight"] = weights["lm_head.weight"] + 1
-    with pytest.raises(WeightSyncError, match=r"tied lm_head\.weight must equal"):
-        hf_engine.receive(1, weights, [1, 2])
-    with pytest.raises(WeightSyncError, match="half-way"):
-        next(hf_engine.generate([Request(0, 0, [7], 1)], Sampling()))
-    hf_engine.receive(0, tied.weights(), [1, 2])
+    deliver(hf_engine, tied.model, 0, [1, 2])
 
 
 def test_a_float32_head_under_a_bfloat16_model(tied):
@@ -86,9 +76,9 @@ def test_a_float32_head_under_a_bfloat16_model(tied):
     from workers.generation.settings import RolloutSettings
 
     engine = HfEngine(tied.folder, RolloutSettings(engine="hf", dtype="bfloat16", float32_head=True))
-    weights = {name: tensor.bfloat16() for name, tensor in tied.perturbed(seed=4).weights().items()}
-    engine.receive(1, weights, [1, 2])
-    assert engine.held_differences(weights) == [{}]
+    other = tied.perturbed(seed=4)
+    weights = {name: tensor.bfloat16() for name, tensor in other.weights().items()}
+    assert deliver(engine, other.model, 1, [1, 2]).differences() == []
     hidden = torch.randn(5, 128).bfloat16()
     with torch.no_grad():
         found = engine._model.lm_head(hidden)

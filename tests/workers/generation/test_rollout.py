@@ -8,7 +8,7 @@ from hybridflow.controller.coordinates import Coordinates, Shape
 from hybridflow.controller.worker import WorkerContext
 from hybridflow.errors import WeightSyncError
 from hybridflow.resharding.incoming import expected_checksums
-from hybridflow.resharding.proofs import verify_planned
+from hybridflow.resharding.proofs import verify
 from hybridflow.resharding.shards import Spec, build_layout, grid
 from hybridflow.resharding.transport import Delivery, PublishedMemory, RankLayout, ThroughStore
 from hybridflow.schedule.policy_sync import plan_route
@@ -104,7 +104,7 @@ def test_weights_come_as_planned_and_serve_once_they_are_trusted(worker, request
     receipt = worker.receive(Delivery(1, route.incoming[0], transport, (offer,), tuple(probe)))
 
     exact = other.logprobs(probe[:1], probe[1:])[torch.arange(3), probe[1:]].tolist()
-    verify_planned(route.plan, expected_checksums(route.outgoing[0], weights), exact, [receipt], tolerance=1e-4)
+    verify(route.plan, expected_checksums(route.outgoing[0], weights), exact, [receipt], tolerance=1e-4)
     with pytest.raises(WeightSyncError, match="weights of version 1 are not proven yet"):
         next(worker.generate(requests))
     worker.trust()

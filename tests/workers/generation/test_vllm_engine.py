@@ -2,10 +2,9 @@ import queue
 import threading
 
 import pytest
-import torch
 
 from hybridflow.errors import ConfigError, WeightSyncError
-from hybridflow.resharding.proofs import receipt, verify
+from tests.workers.generation.trainer import deliver
 from workers.generation.base import Request, Sampling
 from workers.generation.settings import RolloutSettings
 from workers.generation.vllm_device import cores_of, engine_arguments
@@ -38,14 +37,14 @@ def test_paused_requests_go_on_as_if_nothing_had_happened_and_carry_both_version
     groups = in_thread(vllm_engine, WANTED, LONG)
     first = groups.get(timeout=60)
     vllm_engine.pause()
-    vllm_engine.receive(5, tied.weights(), list(range(20)))  # the same weights under a new version
+    deliver(vllm_engine, tied.model, 5, list(range(20)))  # the same weights under a new version
     vllm_engine.resume()
     interrupted = {**{s.index: s for s in first}, **rest(groups)}
     assert {i: s.tokens for i, s in interrupted.items()} == {i: s.tokens for i, s in whole.items()}
     assert all(s.versions == sorted(s.versions) and len(s.versions) == len(s.tokens) for s in interrupted.values())
     assert {0, 5} == {version for s in interrupted.values() for version in s.versions}
     assert any(set(s.versions) == {0, 5} for s in interrupted.values())
-    vllm_engine.receive(0, tied.weights(), [1, 2])
+    deliver(vllm_engine, tied.model, 0, [1, 2])
 
 
 def test_nothing_is_drawn_while_paused(vllm_engine):
@@ -65,35 +64,11 @@ def test_a_transfer_that_fails_half_way_leaves_an_engine_that_refuses(vllm_engin
     with monkeypatch.context() as patch:
         patch.setattr(vllm_engine, "_rpc", broken)
         with pytest.raises(RuntimeError, match="the worker died"):
-            vllm_engine.receive(3, tied.weights(), [1, 2])
+            deliver(vllm_engine, tied.model, 3, [1, 2])
     with pytest.raises(WeightSyncError, match="half-way"):
         next(vllm_engine.generate(WANTED, LONG))
-    vllm_engine.receive(0, tied.weights(), [1, 2])
+    deliver(vllm_engine, tied.model, 0, [1, 2])
     assert len(list(vllm_engine.generate(WANTED, Sampling(max_response_tokens=2)))) == len(WANTED)
-
-
-def test_read_back_finds_a_planted_difference(vllm_engine, tied):
-    weights = tied.weights()
-    weights["model.layers.1.self_attn.k_proj.weight"][2, 3] += 1e-5
-    weights["model.layers.0.mlp.down_proj.weight"][5, 6] += 1e-5
-    (differences,) = vllm_engine.held_differences(weights)
-    assert set(differences) == {
-        "model.layers.1.self_attn.qkv_proj.weight (packed)",
-        "model.layers.0.mlp.down_proj.weight (packed)",
-    }
-
-
-def test_untied_weights_reach_two_tensor_parallel_workers(cut_engine, untied):
-    assert cut_engine.held_differences(untied.weights()) == [{}, {}]
-    other, probe = untied.perturbed(seed=4), list(range(30, 60))
-    got = cut_engine.receive(1, other.weights(), probe)
-    exact_T = other.logprobs(probe[:1], probe[1:])[torch.arange(len(probe) - 1), probe[1:]]
-    verify([got], receipt(other.weights(), exact_T.tolist()), tolerance=1e-4)
-    assert cut_engine.held_differences(other.weights()) == [{}, {}]
-    ((sample,),) = cut_engine.generate([Request(0, 0, [7, 8, 9], 1)], Sampling(max_response_tokens=16))
-    exact_T = other.logprobs([7, 8, 9], sample.tokens)[torch.arange(len(sample.tokens)), sample.tokens]
-    assert sample.logprobs == pytest.approx(exact_T.tolist(), abs=1e-5)
-    cut_engine.receive(0, untied.weights(), [1, 2])
 
 
 def test_each_replica_gets_cores_of_its_own():

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from hybridflow.resharding.boxes import Box, three_axes
 from hybridflow.resharding.incoming import Checksums, Incoming, Outgoing, expected_checksums
 from hybridflow.resharding.layout import Layout, Parameter
 from hybridflow.resharding.plan import Plan, make_plan, validate
+from hybridflow.resharding.proofs import Receipt, verify
 from hybridflow.resharding.published import Publication, publish
 from workers.generation.slices import layout_of, merged
 
@@ -65,6 +67,29 @@ class Trainer:
         with torch.no_grad():
             logits_TV = self.model(torch.tensor([list(tokens)])).logits[0, :-1]
         return logits_TV.double().log_softmax(-1)[torch.arange(len(tokens) - 1), list(tokens)[1:]].tolist()
+
+
+@dataclass
+class Delivered:
+    """One transfer of a model's weights into an engine, and what it answered."""
+
+    engine: Any
+    trainer: Trainer
+    plan: Plan
+    receipt: Receipt
+
+    def prove(self, logprobs: Sequence[float], tolerance: float = 1e-4) -> None:
+        verify(self.plan, self.trainer.expected(self.plan), logprobs, [self.receipt], tolerance)
+
+    def differences(self) -> list[Any]:
+        return self.engine.read_back(incoming(self.plan), self.trainer.publications)
+
+
+def deliver(engine: Any, model: Any, version: int, probe: Sequence[int]) -> Delivered:
+    """The weights of a Hugging Face model into the engine."""
+    trainer = Trainer(model)
+    plan = trainer.plan(engine)
+    return Delivered(engine, trainer, plan, engine.receive(version, incoming(plan), trainer.publications, probe))
 
 
 def incoming(plan: Plan) -> list[Incoming]:

@@ -1,45 +1,24 @@
 """DeepSpeed on two real gloo ranks, started once for the module (see `training_ranks.py`)."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.rank_processes import run_ranks
+
 Results = dict[str, dict[str, float]]
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def results(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
     """What each rank found."""
-    folder, port = tmp_path_factory.mktemp("ranks"), str(free_port())
+    folder = tmp_path_factory.mktemp("ranks")
     shutil.copytree(model_folder(), folder / "model")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)])}
-    logs = [folder / f"log-{rank}" for rank in range(2)]
-    ranks = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, str(HERE / "training_ranks.py"), str(rank), port, str(folder)]
-        with log.open("w") as out:
-            ranks.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
-    try:
-        codes = [process.wait(timeout=400) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    run_ranks(HERE / "training_ranks.py", 2, folder)
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(2)]
 
 

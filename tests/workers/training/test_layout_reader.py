@@ -1,11 +1,7 @@
 """Layouts of live engines on real gloo ranks (see `layout_ranks.py`): put together by a plan, they are the weights."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,35 +20,18 @@ from hybridflow.resharding.layout import Layout, LayoutBuilder, Parameter, combi
 from hybridflow.resharding.plan import make_plan, validate
 from hybridflow.resharding.shards import Zero, build_layout, grid
 from hybridflow.resharding.transfer import execute_here
+from tests.rank_processes import run_ranks
 from workers.training.factory import build_engine
 from workers.training.settings import EngineSettings
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
 LLAMA = {**QWEN2, "model_type": "llama", "tie_word_embeddings": False}
 SHAPES = [(1, 1), (1, 2), (2, 2)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def start(folder: Path, tensor: int, data: int) -> list[dict[str, Any]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)])}
-    ranks, port = range(tensor * data), str(free_port())
-    logs, processes = [folder / f"log-{tensor}x{data}-{rank}" for rank in ranks], []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, str(HERE / "layout_ranks.py"), str(rank), str(tensor), str(data), port, str(folder)]
-        with log.open("w") as out:
-            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
-    try:
-        codes = [process.wait(timeout=550) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * len(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    run_ranks(HERE / "layout_ranks.py", tensor * data, folder, tensor, data, timeout_s=550)
+    ranks = range(tensor * data)
     return [json.loads((folder / f"result-{tensor}x{data}-{rank}.json").read_text()) for rank in ranks]
 
 

@@ -1,41 +1,21 @@
 """An adapter under DeepSpeed on one and on two real gloo ranks, started once for the module (see `lora_ranks.py`)."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.rank_processes import run_ranks
+
 Results = dict[str, dict[str, float]]
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(folder: Path, ranks: int) -> list[Results]:
     """What each rank found."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)])}
-    logs, port, processes = [folder / f"log-{ranks}-{rank}" for rank in range(ranks)], str(free_port()), []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, str(HERE / "lora_ranks.py"), str(rank), str(ranks), port, str(folder)]
-        with log.open("w") as out:
-            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
-    try:
-        codes = [process.wait(timeout=400) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * ranks, "\n".join(log.read_text()[-3000:] for log in logs)
+    run_ranks(HERE / "lora_ranks.py", ranks, folder, ranks)
     return [json.loads((folder / f"result-{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
 
 

@@ -10,7 +10,7 @@ import torch
 from hybridflow.errors import WeightSyncError
 from hybridflow.resharding.decoder import Decoder, EngineCuts, decoder_specs
 from hybridflow.resharding.layout import Storage
-from hybridflow.resharding.proofs import verify_planned
+from hybridflow.resharding.proofs import verify
 from hybridflow.resharding.published import publish
 from hybridflow.resharding.shards import build_layout, grid
 from tests.workers.generation.conftest import VOCABULARY
@@ -32,7 +32,7 @@ def case(request):
     plan = trainer.plan(engine)
     yield SimpleNamespace(name=request.param, engine=engine, trainer=trainer, plan=plan)
     first = Trainer(tiny.model)
-    engine.receive_planned(0, incoming(first.plan(engine)), first.publications, PROBE)
+    engine.receive(0, incoming(first.plan(engine)), first.publications, PROBE)
 
 
 def everywhere(function):
@@ -45,12 +45,12 @@ def in_dense_engines(function):
 
 def send(case, version: int, **other):
     parts = other.get("incoming") or incoming(case.plan)
-    return case.engine.receive_planned(version, parts, other.get("publications", case.trainer.publications), PROBE)
+    return case.engine.receive(version, parts, other.get("publications", case.trainer.publications), PROBE)
 
 
 def prove(case, receipt) -> None:
     expected, logprobs = case.trainer.expected(case.plan), case.trainer.logprobs(PROBE)
-    verify_planned(case.plan, expected, logprobs, [receipt], tolerance=1e-5)
+    verify(case.plan, expected, logprobs, [receipt], tolerance=1e-5)
 
 
 @in_dense_engines
@@ -72,7 +72,7 @@ def test_updates_arrive_exactly(case):
         prove(case, receipt)
         assert set(receipt.checksums) == set(range(len(case.plan.moves)))
         if case.name != "mixture2":
-            assert not any(case.engine.held_differences(case.trainer.weights()))
+            assert case.engine.read_back(incoming(case.plan), case.trainer.publications) == []
     for (sample,) in case.engine.generate(WANTED, Sampling(max_response_tokens=12)):
         request = WANTED[sample.index]
         exact = case.trainer.logprobs([*request.prompt, *sample.tokens])[len(request.prompt) - 1 :]
@@ -120,7 +120,7 @@ def refuses_until_a_good_receive(case) -> None:
     prove(case, send(case, 9))
     assert len(list(case.engine.generate(WANTED, Sampling(max_response_tokens=2)))) == len(WANTED)
     if case.name != "mixture2":
-        assert not any(case.engine.held_differences(case.trainer.weights()))
+        assert case.engine.read_back(incoming(case.plan), case.trainer.publications) == []
 
 
 @everywhere
@@ -130,7 +130,7 @@ def test_a_changed_byte_fails_its_own_slice(case):
     case.trainer.storages[1]["model.layers.1.self_attn.v_proj.weight"].view(torch.uint8)[3, 17] ^= 1
     receipt = send(case, 1)
     with pytest.raises(WeightSyncError, match=r"1 slices other than sent: model\.layers\.1\.self_attn\.v_proj\.weight"):
-        verify_planned(case.plan, expected, receipt.probe_logprobs, [receipt], tolerance=1e-5)
+        verify(case.plan, expected, receipt.probe_logprobs, [receipt], tolerance=1e-5)
 
 
 @in_dense_engines
