@@ -3,6 +3,7 @@
 `PolicyGradient` is complete but for two things that a subclass says: how scores become advantages, and the objective.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -43,8 +44,9 @@ class PolicySettings(StepSettings):
     correction: CorrectionSettings | None = None
     rejection: RejectionSettings | None = None
 
+    @abstractmethod
     def objective(self) -> Objective:
-        raise NotImplementedError(f"{type(self).__name__} names no objective")
+        """What is maximised a token or sequence."""
 
     def loss(self, temperature: float) -> PolicyLoss:
         return PolicyLoss(
@@ -189,9 +191,9 @@ class PolicyGradient(OnlinePolicy):
         lonely = ["samples_per_prompt: 1 sample has no group baseline; at least 2"]
         return super().problems(config) + (lonely if alone else [])
 
+    @abstractmethod
     def advantages(self, rewards_B: Tensor, rows: BatchRef) -> Tensor:
         """(B,) float64 from the rows' scores (float64)."""
-        raise NotImplementedError(f"{type(self).__name__}.advantages")
 
     def rewards(self, rows: BatchRef) -> Tensor:
         """(B,) float64: the scores that advantages are made of."""

@@ -71,12 +71,10 @@ def shard_bytes(layout: Layout) -> int:
 
 def _moved(policy: PolicySync, transport: Transport) -> tuple[int, int]:
     """(bytes that left the sources, bytes that the engines' checksums prove) of one sync."""
-    policy._route = replace(policy.route(), transport=transport)
+    policy.use(replace(policy.route(), transport=transport))
     came = int(policy.sync()["sync/bytes"].value)
-    route = policy.route()
-    offers = policy.actor.offer(list(route.outgoing), [transport] * len(route.outgoing)).result()
-    packed = [offer.num_bytes for offer in offers if isinstance(offer, Packed)]
-    return sum(packed) if packed else sum(part.num_bytes for part in route.outgoing), came
+    packed = [offer.num_bytes for offer in policy.actor.offer().result() if isinstance(offer, Packed)]
+    return sum(packed) if packed else came, came
 
 
 def _model(folder: Path) -> str:

@@ -1,8 +1,9 @@
 """What the ranks of `reshard_speed.py` run: weights of two training ranks, and what stands for an engine's memory."""
 
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ from torch import Tensor
 from hybridflow.controller.dispatch import dispatch
 from hybridflow.controller.worker import Worker
 from hybridflow.resharding.buckets import view
-from hybridflow.resharding.incoming import Checksums, Incoming, Outgoing, assemble, expected_checksums
+from hybridflow.resharding.incoming import Checksums, Incoming, Outgoing, assemble, checksum, expected_checksums
 from hybridflow.resharding.layout import Layout
-from hybridflow.resharding.plan import Plan
+from hybridflow.resharding.plan import Move, Plan
 from hybridflow.resharding.proofs import Receipt
 from hybridflow.resharding.published import mapped
 from hybridflow.resharding.transfer import Processes, execute
@@ -73,12 +74,20 @@ class Rank(Worker):
         self.storages = {name: tensor.fill_(rank + 1) for name, tensor in self.mine.allocate(rank).items()}
         self.measured: dict[str, Measured] = {}
 
+        self.watched = True
+
+    @dispatch("ONE_TO_ALL")
+    def watch(self, memory: bool) -> None:
+        """Whether memory is sampled from now on; sampling slows what is timed."""
+        self.watched = memory
+
     @contextmanager
     def measure(self, what: str, own_bytes: Callable[[], int] = lambda: 0) -> Any:
-        peak, began = Peak(), time.perf_counter()
+        peak = Peak() if self.watched else None
+        began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began
-        self.measured[what] = Measured(seconds, peak.stop() + own_bytes())
+        self.measured[what] = Measured(seconds, 0 if peak is None else peak.stop() + own_bytes())
 
     @dispatch("ONE_TO_ALL")
     def found(self, what: str) -> Measured:
@@ -101,14 +110,18 @@ class Rank(Worker):
 
 class TrainingRank(Rank):
     @dispatch("ALL_TO_ALL")
-    def offer(self, outgoing: Outgoing, transport: Transport) -> Offer:
-        with self.measure("offer"):
-            return transport.offer(outgoing, self.storages, self.context.store)
+    def take_route(self, outgoing: Outgoing, transport: Transport) -> None:
+        self.outgoing, self.transport = outgoing, transport
 
-    @dispatch("ALL_TO_ALL")
-    def prove(self, outgoing: Outgoing, probe: list[int]) -> tuple[Checksums, list[float]]:
+    @dispatch("ONE_TO_ALL")
+    def offer(self) -> Offer:
+        with self.measure("offer"):
+            return self.transport.offer(self.outgoing, self.storages, self.context.store)
+
+    @dispatch("ONE_TO_ALL")
+    def prove(self, probe: list[int]) -> tuple[Checksums, list[float]]:
         with self.measure("prove"):
-            return expected_checksums(outgoing, self.storages), [0.0]
+            return expected_checksums(self.outgoing, self.storages), [0.0]
 
     @dispatch("ONE_TO_ALL")
     def train(self) -> None:
@@ -116,11 +129,15 @@ class TrainingRank(Rank):
             tensor += 1
 
     @dispatch("ONE_TO_ALL")
-    def save(self, folder: str) -> str:
-        """Each rank its own shard, at the same time as the others."""
+    def save(self, folder: str, flush: bool) -> str:
+        """Each rank its own shard, at the same time as the others. flush: to the disk, and out of the page cache."""
         path = f"{folder}/{self.context.coordinates.rank}.safetensors"
         with self.measure("save"):
             save_file(self.storages, path)
+            if flush:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return path
 
     @dispatch("ONE_TO_ALL")
@@ -130,11 +147,15 @@ class TrainingRank(Rank):
 
 class EngineRank(Rank):
     @dispatch("ALL_TO_ALL")
+    def take_route(self, incoming: tuple[Incoming, ...], transport: Transport) -> None:
+        self.incoming, self.transport = incoming, transport
+
+    @dispatch("ONE_TO_ALL")
     def receive(self, delivery: Delivery) -> Receipt:
         checksums: Checksums = {}
         held: list[int] = []
         with self.measure("receive", lambda: sum(held)):
-            taken = delivery.transport.take(delivery.incoming, delivery.offers, self.context.store)
+            taken = self.transport.take(self.incoming, delivery.offers, self.context.store)
             held += [memory.nbytes for memory in taken.memory]
             with mapped(taken.publications) as sources:
                 for _, _, sums in assemble(taken.incoming[0], sources, self.storages):
@@ -153,15 +174,19 @@ class EngineRank(Rank):
             for name, tensor in self.storages.items():
                 tensor.copy_(other[name])
 
-    @dispatch("ALL_TO_ALL")
-    def load(self, incoming: Incoming, paths: list[str]) -> None:
+    @dispatch("ONE_TO_ALL")
+    def load(self, paths: list[str]) -> None:
         with self.measure("load"):
             sources: Mapping[int, Mapping[str, Tensor]] = {rank: load_file(path) for rank, path in enumerate(paths)}
-            for filling in incoming.fillings:
-                into = self.storages[filling.storage.name]
-                for move in filling.moves:
-                    out = view(sources[move.source.rank][move.source.storage], move.source, move.shape)
-                    view(into, move.destination, move.shape).copy_(out)
+            for _, move, into in self._moves():
+                out = view(sources[move.source.rank][move.source.storage], move.source, move.shape)
+                into.copy_(out)
+
+    def _moves(self) -> Iterator[tuple[int, Move, Tensor]]:
+        for filling in self.incoming[0].fillings:
+            flat = self.storages[filling.storage.name]
+            for row, move in zip(filling.rows, filling.moves, strict=True):
+                yield row, move, view(flat, move.destination, move.shape)
 
     @dispatch("ONE_TO_ALL")
     def gloo(self, plan: Plan, processes: Processes, bucket_bytes: int) -> None:
@@ -169,5 +194,6 @@ class EngineRank(Rank):
         self._execute(plan, processes, {}, {rank: self.storages}, bucket_bytes)
 
     @dispatch("ONE_TO_ALL")
-    def sums(self) -> float:
-        return float(sum(tensor.double().sum() for tensor in self.storages.values()))
+    def held(self) -> Checksums:
+        """Of what lies in this engine's memory now."""
+        return {row: checksum(into, into.dtype) for row, _, into in self._moves()}

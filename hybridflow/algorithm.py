@@ -3,6 +3,7 @@
 An offline algorithm (SFT, DPO) has `online = False` and uses `experience`, `update` and `evaluate` alone.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -41,7 +42,7 @@ class AlgorithmContext:
     data: Mapping[str, RowSource] = field(default_factory=dict)
 
 
-class Algorithm:
+class Algorithm(ABC):
     """Base of all algorithms: one sample a prompt, reward scored, every group kept.
 
     online: samples are drawn from the policy. rows: the kind of rows that the data gives. product: the trained role
@@ -122,9 +123,9 @@ class Algorithm:
         """Adds every column that `update` reads."""
         return rollouts
 
+    @abstractmethod
     def update(self, experience: BatchRef, roles: Roles, step: int) -> Metrics:
         """Takes the step's optimizer steps."""
-        raise NotImplementedError(f"{type(self).__name__}.update")
 
     def evaluate(self, rows: BatchRef, roles: Roles) -> Metrics:
         """Of an offline algorithm: what held-out rows say of the trained role, without a gradient; `val/` metrics."""

@@ -23,6 +23,7 @@ from hybridflow.config.cross_checks import check_limits
 from hybridflow.config.locate import import_name
 from hybridflow.config.model_numbers import complete, folder_facts
 from hybridflow.config.model_paths import local_model, local_tokenizer
+from hybridflow.config.phases import engines_sleep, offloaded
 from hybridflow.config.placement_checks import check_cuts
 from hybridflow.config.problems import Problems
 from hybridflow.config.run_config import RunConfig
@@ -38,6 +39,7 @@ from hybridflow.record import RunCheckpoints, RunRecord
 from hybridflow.roles import ActorReference, Roles
 from hybridflow.schedule.base import Schedule, Source
 from hybridflow.schedule.offline import OfflineSchedule
+from hybridflow.schedule.phases import Phases, PhaseSettings
 from hybridflow.schedule.policy_sync import PolicySync
 from hybridflow.schedule.sync import SyncSchedule, SyncSettings
 from hybridflow.spans import span
@@ -131,7 +133,7 @@ def _train(session: Session) -> None:
         )
         Trainer(config.trainer, session.schedule, record, checkpoints, session.num_devices).run(start)
     if config.trainer.export:
-        with span("export"):
+        with span("export"), session.schedule.trainers_whole():
             groups[import_name(config.algorithm.target).product].export(str(folder.model)).result()
             session.model.tokenizer.save_pretrained(str(folder.model))
     print(record.report(), flush=True)
@@ -280,9 +282,14 @@ def make_schedule(
     if not algorithm.online:
         return OfflineSchedule(algorithm, roles, source, runtime.store, count)
     probe = [(7 * i + 3) % model.vocab_size for i in range(PROBE_TOKENS)]
-    policy = PolicySync(groups["actor"], groups["rollout"], probe, probe_tolerance(config), BUCKET_BYTES)
-    policy.restore(0)
+    policy = PolicySync(
+        groups["actor"], groups["rollout"], probe, probe_tolerance(config), BUCKET_BYTES,
+        config.schedule.read_back_every,
+    )  # fmt: skip
+    names = tuple(groups)
+    phases = Phases(policy, groups["rollout"], groups, PhaseSettings(engines_sleep(config), offloaded(config, names)))
+    phases.restore(0)
     functions = [found.reward for name in groups if (found := config.instance(name)) is not None and found.reward]
     max_failure_share = min((function.max_failure_share for function in functions), default=1.0)
     settings = SyncSettings(count, config.seed, config.schedule.max_empty_steps, max_failure_share)
-    return SyncSchedule(algorithm, roles, source, runtime.store, policy, settings)
+    return SyncSchedule(algorithm, roles, source, runtime.store, phases, settings)

@@ -157,8 +157,9 @@ class RunCheckpoints:
             self.store.set_aside_newer(None)
             return 0
         path, state = self.resumption.checkpoint.path, self.resumption.state
-        gather([group.load(str(path / name)) for name, group in self.trained.items()])
-        self.schedule.load_state_dict(state.schedule)
+        with self.schedule.trainers_whole():
+            gather([group.load(str(path / name)) for name, group in self.trained.items()])
+            self.schedule.load_state_dict(state.schedule)
         self.totals.tokens, self.totals.seconds = state.tokens_total, state.seconds_total
         self.totals.accuracy, self.totals.accuracy_before = list(state.accuracy), state.accuracy_before
         self.folder.rewind(state.step)
@@ -169,7 +170,8 @@ class RunCheckpoints:
         with self.store.write(step, self.store.estimate_bytes() or self.first_bytes) as folder:
             for name in self.trained:
                 os.makedirs(folder / name)
-            gather([group.save(str(folder / name)) for name, group in self.trained.items()])
+            with self.schedule.trainers_whole():
+                gather([group.save(str(folder / name)) for name, group in self.trained.items()])
             RunState(
                 step=step,
                 config=self.config,

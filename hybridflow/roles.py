@@ -5,7 +5,7 @@ comes back is a `BatchRef`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from hybridflow.loss import Loss
 from hybridflow.metrics import Metrics
 
 Rows = BatchRef | Future[BatchRef]
+
+MemoryPart = Literal["gradients", "optimizer", "weights"]
+"""What a trained role holds, by what it is for. optimizer: its states, and float32 masters beside narrower weights."""
 
 MAX_WHOLE_VOCABULARY = 16_384
 """The largest vocabulary of which a reference gives whole vectors, one a token: 64 KiB each."""

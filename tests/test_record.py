@@ -1,6 +1,7 @@
 """What a run leaves behind: spans of every part, samples of validation, first words and last, checkpoints with room."""
 
 import errno
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +56,9 @@ class Trained(Worker):
 
 class Schedule:
     state: dict[str, Any]
+
+    def trainers_whole(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": 3}

@@ -8,12 +8,15 @@ from torch import Tensor
 from hybridflow.batch import Batch, Ragged
 from hybridflow.batch_ref import BatchRef
 from hybridflow.controller.dispatch import dispatch
+from hybridflow.resharding.cuda_ipc import gpu_of
 from hybridflow.resharding.incoming import Checksums, Outgoing, expected_checksums
 from hybridflow.resharding.transport import Offer, RankLayout, Transport
 from workers.model_worker import LanguageModelWorker
 
 
 class ActorWorker(LanguageModelWorker):
+    _outgoing: Outgoing
+    _transport: Transport
     _offered: Mapping[str, Tensor]
 
     @dispatch("3D_PROTO", needs=("tokens",))
@@ -26,19 +29,24 @@ class ActorWorker(LanguageModelWorker):
     def layout(self) -> RankLayout:
         """What this rank holds of the policy, and where."""
         device = next(iter(self.engine.storages().values())).device
-        return RankLayout.here(self.engine.layout(), device.type)
+        return RankLayout.here(self.engine.layout(), device.type, (gpu_of(device),) if device.type == "cuda" else ())
 
     @dispatch("ALL_TO_ALL")
-    def offer(self, outgoing: Outgoing, transport: Transport) -> Offer:
+    def take_route(self, outgoing: Outgoing, transport: Transport) -> None:
+        """What leaves this rank at every sync, and how."""
+        self._outgoing, self._transport = outgoing, transport
+
+    @dispatch("ONE_TO_ALL")
+    def offer(self) -> Offer:
         """Make what leaves this rank readable for the engines. Every rank takes part: merging an adapter into sharded
         weights is collective."""
         self._offered = self.engine.storages()
-        return transport.offer(outgoing, self._offered, self.context.store)
+        return self._transport.offer(self._outgoing, self._offered, self.context.store)
 
-    @dispatch("ALL_TO_ALL")
-    def prove(self, outgoing: Outgoing, probe: list[int]) -> tuple[Checksums, list[float]]:
+    @dispatch("ONE_TO_ALL")
+    def prove(self, probe: list[int]) -> tuple[Checksums, list[float]]:
         """What an engine must answer: the checksums of what `offer` made readable, and the log-probs of `probe[1:]`,
         for which every rank runs the model."""
         probe_row = Batch({"tokens": Ragged.from_rows([probe], dtype=torch.int64)})
         logprobs = self.engine.forward(probe_row, ("logprobs",), 1.0)["logprobs"].flat[1:].tolist()
-        return expected_checksums(outgoing, self._offered), logprobs
+        return expected_checksums(self._outgoing, self._offered), logprobs

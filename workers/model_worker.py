@@ -10,6 +10,8 @@ from hybridflow.controller.dispatch import dispatch
 from hybridflow.controller.worker import Worker, WorkerContext
 from hybridflow.loss import Loss
 from hybridflow.metrics import Metrics
+from hybridflow.resharding.cuda_ipc import EXPORTS
+from hybridflow.roles import MemoryPart
 from workers.training.base import TrainEngine
 from workers.training.factory import ModelKind, build_engine
 from workers.training.settings import EngineSettings
@@ -66,8 +68,11 @@ class ModelWorker(Worker):
         self.engine.export(Path(folder))
 
     @dispatch("ONE_TO_ALL")
-    def offload(self) -> None:
-        self.engine.offload()
+    def offload(self, parts: Sequence[MemoryPart]) -> None:
+        """Give memory of the rank's device back between phases."""
+        if "weights" in parts:
+            EXPORTS.forget()
+        self.engine.offload(parts)
 
     @dispatch("ONE_TO_ALL")
     def onload(self) -> None:

@@ -12,8 +12,9 @@ from hybridflow.controller.dispatch import dispatch
 from hybridflow.controller.worker import Worker, WorkerContext
 from hybridflow.data.tokenizers import continuation_ids, load_tokenizer
 from hybridflow.errors import ConfigError, WeightSyncError
-from hybridflow.resharding.proofs import Receipt
-from hybridflow.resharding.transport import Delivery, RankLayout
+from hybridflow.resharding.incoming import Incoming
+from hybridflow.resharding.proofs import ReadBack, Receipt
+from hybridflow.resharding.transport import Delivery, Offer, RankLayout, Transport
 from hybridflow.spans import span
 from workers.generation.base import GenerationEngine, Request, Sample, Sampling
 from workers.generation.interruption import generate_interrupted
@@ -86,16 +87,28 @@ class RolloutWorker(Worker):
     @dispatch("ONE_TO_ALL")
     def layout(self) -> RankLayout:
         """What the engine's tensor ranks must be given, and where they are."""
-        return RankLayout.here(self.engine.layout())
+        return RankLayout.here(self.engine.layout(), gpus=self.engine.visible_gpus())
 
     @dispatch("ALL_TO_ALL")
+    def take_route(self, incoming: tuple[Incoming, ...], transport: Transport) -> None:
+        """What each of the engine's tensor ranks gets at every sync, and how."""
+        self._incoming, self._transport = incoming, transport
+
+    @dispatch("ONE_TO_ALL")
     def receive(self, delivery: Delivery) -> Receipt:
         """Replace the engine's weights by the slices that the plan names, and say what it holds now. The engine does
         not generate before `trust`: whatever fails here or elsewhere, none serves weights that are not proven."""
         self._unproven = f"weights of version {delivery.version} are not proven yet"
         with span("receive"):
-            taken = delivery.transport.take(delivery.incoming, delivery.offers, self.context.store)
-            return self.engine.receive(delivery.version, taken.incoming, taken.publications, list(delivery.probe))
+            parts = self._transport.take_in_turn(self._incoming, delivery.offers, self.context.store)
+            return self.engine.receive(delivery.version, self._incoming, parts, list(delivery.probe))
+
+    @dispatch("ONE_TO_ALL")
+    def read_back(self, offers: tuple[Offer, ...]) -> ReadBack:
+        """Compare what the engine computes with to what the trainer offers, bit for bit."""
+        with span("read_back"):
+            taken = self._transport.take(self._incoming, offers, self.context.store)
+            return self.engine.read_back(taken.incoming, taken.publications)
 
     @dispatch("ONE_TO_ALL")
     def trust(self) -> None:
@@ -118,12 +131,22 @@ class RolloutWorker(Worker):
         self.engine.abort()
 
     @dispatch("ONE_TO_ALL")
-    def sleep(self) -> None:
-        self.engine.sleep()
+    def sleep(self, keep_weights: bool = False) -> None:
+        """Give the engine's device memory back until `wake_weights` and `wake_cache`."""
+        self.engine.sleep(keep_weights)
 
     @dispatch("ONE_TO_ALL")
-    def wake(self) -> None:
-        self.engine.wake()
+    def wake_weights(self) -> None:
+        self.engine.wake_weights()
+
+    @dispatch("ONE_TO_ALL")
+    def wake_cache(self) -> None:
+        self.engine.wake_cache()
+
+    @dispatch("ONE_TO_ALL")
+    def probe(self, tokens: list[int]) -> list[float]:
+        """Log-probs of `tokens[1:]`, where they could not be part of what `receive` answers."""
+        return self.engine.probe(tokens)
 
     @dispatch("ONE_TO_ALL")
     def shutdown(self) -> None:

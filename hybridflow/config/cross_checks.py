@@ -10,6 +10,7 @@ from hybridflow.algorithm import Algorithm
 from hybridflow.config.algorithm_checks import check_context, check_extra_data, check_rows
 from hybridflow.config.model_numbers import model_facts
 from hybridflow.config.model_paths import VALUE_HEAD_FILE
+from hybridflow.config.phases import check_phases
 from hybridflow.config.placement_checks import check_placement, engine_key
 from hybridflow.config.problems import Problems, choice
 from hybridflow.config.response_lengths import check_forced_texts, local_tokenizer_of, longest_responses
@@ -35,6 +36,7 @@ def cross_check(config: RunConfig, algorithm: type[Algorithm], problems: Problem
     _workers(config, roles, problems)
     _placement(config, roles, problems)
     check_placement(config, roles, problems)
+    check_phases(config, algorithm, roles, problems)
     _packages(config, roles, problems)
     _data(config, algorithm, problems)
     check_rows(config, algorithm, problems)

@@ -36,7 +36,7 @@ def layout_table(config: RunConfig, roles: tuple[str, ...], product: str) -> str
         lines = _aligned([head, *(_row(*row) for row in rows), *_pools(config, {row[0]: row[2] for row in rows})])
         lines.append("Activations, logits and reduce buckets come on top.")
         if any(found.sleeps for _, _, found in rows):
-            lines.append("Engines on GPUs are counted as asleep in training, which no schedule does yet (docs/gpu.md).")
+            lines.append("Engines are counted as asleep in training (schedule.sleep).")
     if "actor" in roles and "rollout" in roles and (moves := reshard(config)) is not None:
         lines += _reshard_lines(moves)
     for role in unknown:

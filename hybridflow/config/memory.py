@@ -5,17 +5,19 @@ DeepSpeed's reduce buckets come on top; they depend on tokens_per_micro_batch an
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from hybridflow.config.model_numbers import decoder_of, role_facts
+from hybridflow.config.phases import engines_sleep, offloaded, on_gpus
 from hybridflow.config.placement_checks import VLLM_VOCABULARY_MULTIPLE
 from hybridflow.config.run_config import MODEL_TYPES, RunConfig
 from hybridflow.resharding.cuts import shard
 from hybridflow.resharding.decoder import Decoder, EngineCuts, decoder_specs
 from hybridflow.resharding.layout import dtype_of
 from hybridflow.resharding.shards import ZERO_ALIGNMENT, Spec
+from hybridflow.roles import MemoryPart
 
 PERSISTENT = 100_000
 """Parameters up to this many elements stay gathered on every rank under ZeRO 3: DeepSpeed's default."""
@@ -27,7 +29,8 @@ OPTIMIZER_STATES = {"adamw": 2, "sgd": 0}  # float32 numbers a trained weight
 @dataclass(frozen=True)
 class Held:
     """Bytes of one rank of a training engine; of a rollout, one worker of an engine. cache: keys and values.
-    in_flight: the most that an engine holds beside its weights while it takes new ones."""
+    in_flight: the most that an engine holds beside its weights while it takes new ones. sleeps: an engine that gives
+    weights and cache back while others train. offloads: what a trained role gives back while engines generate."""
 
     weights: int = 0
     gradients: int = 0
@@ -36,20 +39,26 @@ class Held:
     in_flight: int = 0
     keeps_gradients: bool = False
     sleeps: bool = False
+    offloads: tuple[MemoryPart, ...] = ()
 
     @property
     def phases(self) -> dict[str, int]:
-        """Peak bytes in training, in transition (actor to engines) and in generation.
+        """Peak bytes in training, in transition (actor to engines) and in generation (`hybridflow.schedule.phases`).
 
-        An engine on a GPU sleeps while others train, and has no cache while it takes new weights. A CPU engine keeps
-        both, in a process of its own: during the transition the node has trainer's and engine's weights.
+        An engine that sleeps has no cache while it takes new weights. One that does not (a CPU's, in a process of its
+        own) keeps both: during the transition the node has trainer's and engine's weights.
         """
-        own = self.weights + self.optimizer
-        idle = own + (self.gradients if self.keeps_gradients else 0)
+        between: dict[MemoryPart, int] = {
+            "weights": self.weights,
+            "optimizer": self.optimizer,
+            "gradients": self.gradients if self.keeps_gradients else 0,
+        }
+        stays = sum(size for part, size in between.items() if part not in self.offloads)
+        leaves_last = self.weights if "weights" in self.offloads else 0
         return {
-            "training": 0 if self.sleeps else own + self.gradients + self.cache,
-            "transition": idle + self.in_flight + (0 if self.sleeps else self.cache),
-            "generation": idle + self.cache,
+            "training": 0 if self.sleeps else self.weights + self.optimizer + self.gradients + self.cache,
+            "transition": stays + leaves_last + self.in_flight + (0 if self.sleeps else self.cache),
+            "generation": stays + self.cache,
         }
 
 
@@ -66,7 +75,8 @@ def held(config: RunConfig, role: str, product: str) -> Held | None:
     if decoder is None:
         return None
     trains = config.role_type(role) in ("actor", "critic") or role == product
-    return training(decoder, engine, local_sizes(config, role, decoder), config.shape(role).data, trains)
+    found = training(decoder, engine, local_sizes(config, role, decoder), config.shape(role).data, trains)
+    return replace(found, offloads=offloaded(config, (role,)).get(role, ()))
 
 
 def local_sizes(config: RunConfig, role: str, decoder: Decoder) -> list[int]:
@@ -118,7 +128,8 @@ def _zero(decoder: Decoder, engine: Any, sizes: Sequence[int], data: int, stage:
         weights = (part + sum(-(-size // data) for size in frozen) + gathered) * itemsize
     gradients = FLOAT32 * (sum(trained) if stage == 1 else part)
     optimizer = (1 + _states(engine)) * FLOAT32 * part
-    return Held(weights, gradients, optimizer, keeps_gradients=stage == 3)
+    # ZeRO 1 sums bfloat16's gradients in a float32 buffer of its own, which stays.
+    return Held(weights, gradients, optimizer, keeps_gradients=stage == 3 or (stage == 1 and itemsize < FLOAT32))
 
 
 def _part(total: int, data: int) -> int:
@@ -166,14 +177,12 @@ def _engine(config: RunConfig) -> Held | None:
     layers: dict[object, int] = {}
     for spec, size in zip(specs, sizes, strict=True):
         layers[spec.where] = layers.get(spec.where, 0) + size
-    place = config.place("rollout")
-    on_gpu = place is not None and config.placement.pools[place.pool].gpus_per_rank > 0
     hf = getattr(config.rollout, "engine", None) == "hf"
     return Held(
         weights=sum(sizes) * itemsize,
         cache=_hf_cache(config, decoder) if hf else int(getattr(config.rollout, "kv_cache_gib", 0.0) * 2**30),
         in_flight=2 * max(layers.values()) * itemsize,
-        sleeps=on_gpu and not hf,
+        sleeps=engines_sleep(config) and (hf or on_gpus(config, "rollout")),
     )
 
 

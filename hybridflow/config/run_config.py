@@ -10,6 +10,7 @@ from hybridflow.controller.coordinates import Shape
 from hybridflow.controller.settings import RaySettings
 from hybridflow.data.settings import DataSettings
 from hybridflow.rewards.settings import RewardSettings
+from hybridflow.roles import MemoryPart
 from hybridflow.settings import Settings
 from hybridflow.tracking.settings import TrackingSettings
 
@@ -134,10 +135,19 @@ class ScheduleSettings(Settings):
     """What may run while what. `sync`: one stage after another, samples always from the newest policy.
 
     max_empty_steps: steps in a row that may end without a group that the algorithm takes; then the run stops.
+    read_back_every: syncs between two comparisons, bit for bit, of the weights that the engines compute with and the
+    actor's; 0 is never.
+    sleep: whether engines give weights and cache back while others train; auto: where they share GPUs with the actor.
+    vLLM on a CPU has nothing to give. offload: what trained roles give back while engines generate, such as
+    {actor: [optimizer, gradients]}; null is both where the role shares GPUs with the engines, else nothing. From a GPU
+    it goes to the host's memory, from there to a file.
     """
 
     name: Literal["sync"] = "sync"
     max_empty_steps: int = Field(3, ge=1)
+    read_back_every: int = Field(0, ge=0)
+    sleep: Literal["auto", "always", "never"] = "auto"
+    offload: dict[str, list[MemoryPart]] | None = None
 
 
 class GeneralSettings(Settings):

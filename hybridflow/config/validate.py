@@ -62,7 +62,7 @@ class Parts:
         self._problems = problems
         self._known = dotted_keys(raw)
         self._sections = Sections(problems, self._known)
-        self.algorithm_class: type[Algorithm] = Algorithm
+        self.algorithm_class: type[Algorithm] = Algorithm  # type: ignore[type-abstract]  # until one is found
 
     def build(self) -> RunConfig | None:
         """None when a section is missing or wrong."""
@@ -162,6 +162,10 @@ class Parts:
             return None
         cls = self._sections.imported(raw.get("target"), "algorithm.target", Algorithm)
         if cls is None:
+            return None
+        if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+            text = f"found {raw['target']!r}, which has no {', '.join(missing)}: an algorithm defines it"
+            self._problems.add("algorithm.target", text)
             return None
         self.algorithm_class = cls
         fields = {k: v for k, v in raw.items() if k not in ("target", "name")}

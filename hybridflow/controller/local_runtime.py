@@ -46,7 +46,7 @@ class LocalRanks:
         try:
             result = getattr(self.worker, call.method)(*args, **kwargs)
             return [self._referenced(result)] if call.keep else []
-        except Exception as error:
+        except Exception as error:  # whatever a worker raises is named with its rank, as on Ray
             raise self.failure(call.method, error) from error
 
     def stream(self, method: str, per_rank: Sequence[Arguments], on_item: Callable[[BatchRef], None]) -> None:
@@ -54,7 +54,7 @@ class LocalRanks:
         try:
             for item in getattr(self.worker, method)(*args, **kwargs):
                 on_item(self._referenced(item))
-        except Exception as error:
+        except Exception as error:  # as above
             raise self.failure(method, error) from error
 
     def _referenced(self, result: Any) -> Any:
@@ -108,7 +108,7 @@ class LocalRuntime:
         context = WorkerContext(name, Coordinates(0, shape), self.store, "localhost", 0, "local", self.run_folder)
         try:
             worker = factory(context)
-        except Exception as error:
+        except Exception as error:  # as above
             raise rank_failure(name, log, "construction", error) from error
         group = WorkerGroup(name, worker_class, shape, LocalRanks(name, worker, log), pool.lane)
         self._groups.append(group)

@@ -5,9 +5,9 @@ compares them row by row, so a difference names parameter, rank and slice, and a
 """
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,19 @@ from hybridflow.resharding.layout import Storage, dtype_of, refuse_other_tensors
 from hybridflow.resharding.plan import Move, Plan
 
 BLOCK_BYTES = 2 << 20
-"""Copied, then hashed while the next is copied."""
+"""Copied, then hashed while it is still in the core's cache: there a checksum is five times as fast as in memory."""
 
-Checksums = dict[int, int]
-"""Row of `plan.moves` -> xxh3_64 of the move's elements, in the order of its box and the dtype in which it travels."""
+
+class Checksum(NamedTuple):
+    """Of a move's elements, in the order of its box and the dtype in which it travels. num_bytes: how many were read
+    for it, a count and not the plan's number."""
+
+    num_bytes: int
+    xxh3_64: int
+
+
+Checksums = dict[int, Checksum]
+"""By row of `plan.moves`."""
 
 
 @dataclass(frozen=True)
@@ -97,30 +106,27 @@ def assemble(
     shape, to be filled in place; by default each storage is new memory, the caller's to keep or drop, so that one at a
     time costs no more than one storage. The checksums are of the filled memory, read back.
     """
-    with ThreadPoolExecutor(1, "checksums") as beside:
-        for filling in incoming.fillings:
-            flat = _new(filling.storage) if into is None else _given(filling.storage, into)
-            checksums = _fill(flat, filling, incoming.rank, sources, beside)
-            yield filling.storage.name, flat, checksums
-            del flat  # before the next is made
+    for filling in incoming.fillings:
+        flat = _new(filling.storage) if into is None else _given(filling.storage, into)
+        checksums = _fill(flat, filling, incoming.rank, sources)
+        yield filling.storage.name, flat, checksums
+        del flat  # before the next is made
 
 
-def _fill(
-    flat: Tensor, filling: Filling, rank: int, sources: Mapping[int, Mapping[str, Tensor]], beside: ThreadPoolExecutor
-) -> Checksums:
+def _fill(flat: Tensor, filling: Filling, rank: int, sources: Mapping[int, Mapping[str, Tensor]]) -> Checksums:
     for start, stop in filling.storage.padding:
         flat[start:stop].zero_()
-    digests = {}
+    checksums = {}
     for row, move in zip(filling.rows, filling.moves, strict=True):
         source = view(_source_of(rank, move, sources), move.source, move.shape)
-        digests[row] = _copied(source, view(flat, move.destination, move.shape), dtype_of(move.dtype), beside)
-    return {row: digest.result() for row, digest in digests.items()}
+        checksums[row] = _copied(source, view(flat, move.destination, move.shape), dtype_of(move.dtype))
+    return checksums
 
 
 def expected_checksums(outgoing: Outgoing, storages: Mapping[str, Tensor]) -> Checksums:
     """Of what leaves this rank, from its storages by name. A slice that goes to several ranks is read once."""
     refuse_other_tensors(outgoing.storages, storages, "send: source")
-    known: dict[tuple[object, ...], int] = {}
+    known: dict[tuple[object, ...], Checksum] = {}
     checksums = {}
     for row, move in zip(outgoing.rows, outgoing.moves, strict=True):
         key = (move.source, move.shape, move.dtype)
@@ -130,25 +136,27 @@ def expected_checksums(outgoing: Outgoing, storages: Mapping[str, Tensor]) -> Ch
     return checksums
 
 
-def checksum(elements: Tensor, dtype: torch.dtype) -> int:
-    """xxh3_64 of the elements in order, as `dtype`."""
-    digest = xxhash.xxh3_64()
+def checksum(elements: Tensor, dtype: torch.dtype) -> Checksum:
+    """Of the elements in order, as `dtype`."""
+    digest, num_bytes = xxhash.xxh3_64(), 0
     for (block,) in _blocks(elements):
-        _update(digest, block, dtype)
-    return digest.intdigest()
+        num_bytes += _update(digest, block, dtype)
+    return Checksum(num_bytes, digest.intdigest())
 
 
-def _copied(source: Tensor, destination: Tensor, dtype: torch.dtype, beside: ThreadPoolExecutor) -> "Future[int]":
-    """The checksum of the destination is computed beside the copying of what comes next."""
-    digest = xxhash.xxh3_64()
+def _copied(source: Tensor, destination: Tensor, dtype: torch.dtype) -> Checksum:
+    """The checksum of the destination, each block read back at once."""
+    digest, num_bytes = xxhash.xxh3_64(), 0
     for out, into in _blocks(source, destination):
         into.copy_(out)
-        beside.submit(_update, digest, into, dtype)
-    return beside.submit(digest.intdigest)
+        num_bytes += _update(digest, into, dtype)
+    return Checksum(num_bytes, digest.intdigest())
 
 
-def _update(digest: "xxhash.xxh3_64", block: Tensor, dtype: torch.dtype) -> None:
-    digest.update(block.to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+def _update(digest: "xxhash.xxh3_64", block: Tensor, dtype: torch.dtype) -> int:
+    data = block.to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+    digest.update(data)
+    return len(data)
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -25,6 +25,49 @@ class Receipt:
     checksums: Checksums
     probe_logprobs: list[float]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that arrived, as the engine counted them."""
+        return sum(checksum.num_bytes for checksum in self.checksums.values())
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What an engine's tensor rank holds otherwise than published. low, high: the smallest box of the parameter (three
+    axes) around it; largest: absolute difference."""
+
+    parameter: str
+    rank: int
+    low: tuple[int, int, int]
+    high: tuple[int, int, int]
+    largest: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameter}, tensor rank {self.rank}, {list(self.low)} to {list(self.high)}: off by up to "
+            f"{self.largest:g}"
+        )
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """How the weights that an engine computes with compare with the trainer's. unread: parameters that it keeps in a
+    form which cannot be read (experts packed for a CPU's kernels)."""
+
+    differences: tuple[Difference, ...]
+    unread: tuple[str, ...] = ()
+
+
+def refuse_differences(found: Sequence[ReadBack]) -> None:
+    """Raise WeightSyncError naming parameter, rank and slice where one of the engines holds something else."""
+    for engine, of_engine in enumerate(found):
+        if of_engine.differences:
+            raise WeightSyncError(
+                f"weight sync, rollout rank {engine}: read back, {len(of_engine.differences)} slices are not the "
+                f"trainer's: {_some(map(str, of_engine.differences))}. The policy version does not rise. The transfer "
+                "itself was proven, so the engine changes weights as it loads them"
+            )
+
 
 def verify(
     plan: Plan, sent: Checksums, sent_logprobs: Sequence[float], receipts: Sequence[Receipt], tolerance: float
@@ -34,6 +77,12 @@ def verify(
     sent: of every row of the plan, by the ranks that sent it. receipts: one an engine, in rank order; each has an equal
     part of the plan's destination ranks. tolerance: largest allowed absolute difference of a probe log-prob.
     """
+    verify_written(plan, sent, receipts)
+    verify_probes(sent_logprobs, receipts, tolerance)
+
+
+def verify_written(plan: Plan, sent: Checksums, receipts: Sequence[Receipt]) -> None:
+    """The first two proofs of `verify`."""
     if not receipts:
         raise WeightSyncError("weight sync: no engine answered; the policy version stays as it is")
     received = {row: value for receipt in receipts for row, value in receipt.checksums.items()}
@@ -51,6 +100,10 @@ def verify(
             where = f"weight sync, rollout rank {engine}, tensor rank {tensor_rank}"
             found = "not written" if proof == "elements written" else "other than sent"
             raise _failed(where, proof, f"{len(moves)} slices {found}: {_some(_slice_of(move) for move in moves)}")
+
+
+def verify_probes(sent_logprobs: Sequence[float], receipts: Sequence[Receipt], tolerance: float) -> None:
+    """The third proof of `verify`."""
     for engine, receipt in enumerate(receipts):
         _verify_probe(receipt.probe_logprobs, sent_logprobs, tolerance, f"weight sync, rollout rank {engine}")
 

@@ -26,6 +26,7 @@ SHARED_MEMORY = Path("/dev/shm")
 SPARE_DESCRIPTORS = 256
 """Left to the rest of the process when its limit of open files is raised."""
 
+MORE_MEMORY = "give it more (containers: --shm-size) or use a smaller model"
 OTHER_TRANSPORT = "between nodes weights travel through the object store (transport.ThroughStore)"
 
 
@@ -57,6 +58,10 @@ class Publication:
     pid: int
     handles: tuple[Handle, ...]
     lasting: bool = True
+
+    def reader(self) -> "Mapped":
+        """What another process of the node reads it with."""
+        return Mapped(self)
 
 
 @cache
@@ -96,19 +101,25 @@ def _handle(name: str, tensor: Tensor) -> Handle:
     dtype, memory = str(tensor.dtype).removeprefix("torch."), tensor.untyped_storage()
     fd, num_bytes, inode = -1, 0, 0
     if tensor.numel():
-        fd, num_bytes = memory._share_fd_cpu_()  # in place; the descriptor stays open as long as the memory
+        try:
+            fd, num_bytes = memory._share_fd_cpu_()  # in place; the descriptor stays open as long as the memory
+        except RuntimeError as error:  # what torch says when shared memory cannot be allocated
+            raise WeightSyncError(
+                f"publish: {name}: {memory.nbytes() >> 20} MiB do not fit into {SHARED_MEMORY} beside what other ranks "
+                f"of this node have taken ({error}); {MORE_MEMORY}"
+            ) from error
         inode = os.fstat(fd).st_ino
     offset = int(tensor.storage_offset()) * tensor.element_size()
     return Handle(name, dtype, tensor.numel(), os.getpid(), fd, offset, num_bytes, this_node(), inode)
 
 
 def _make_room(rank: int, num_bytes: int, num_descriptors: int) -> None:
-    """Before anything moves: shared memory that runs out later kills the process that writes to it (SIGBUS)."""
+    """Before anything moves. Other ranks of the node may take the same memory meanwhile: found when it moves."""
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < num_bytes:
         raise WeightSyncError(
             f"publish: rank {rank}: {SHARED_MEMORY} has {free >> 20} MiB free, its weights need {num_bytes >> 20} MiB; "
-            "give it more (containers: --shm-size) or use a smaller model"
+            f"{MORE_MEMORY}"
         )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = len(os.listdir("/proc/self/fd")) + num_descriptors + SPARE_DESCRIPTORS
@@ -198,7 +209,7 @@ def _map(path: str, handle: Handle) -> Tensor:
 @contextmanager
 def mapped(publications: Sequence[Publication]) -> Iterator[Mapping[int, Mapping[str, Tensor]]]:
     """Several ranks' storages by rank and name."""
-    views = [Mapped(publication) for publication in publications]
+    views = [publication.reader() for publication in publications]
     try:
         yield {view.publication.rank: view.__enter__().storages for view in views}
     finally:

@@ -1,6 +1,7 @@
 """A schedule says what may run while what. The trainer calls it once a step and knows no more."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +25,10 @@ class Schedule(Protocol):
 
     def validate(self, num_prompts: int) -> StepResult:
         """Scores of held-out prompts under the current policy, or an offline algorithm's measure of held-out rows."""
+        ...
+
+    def trainers_whole(self) -> AbstractContextManager[None]:
+        """Inside, trained roles hold all that is theirs on their devices: they can save, load and export."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...

@@ -1,6 +1,7 @@
 """The offline schedule: rows come with their responses, so a step is one batch of rows and its optimizer steps."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from hybridflow.algorithm import Algorithm
@@ -31,6 +32,10 @@ class OfflineSchedule:
         with span("validate"):
             metrics = self.algorithm.evaluate(rows, self.roles)
         return StepResult(metrics, None, int(rows.scalar("num_tokens").sum()))
+
+    def trainers_whole(self) -> AbstractContextManager[None]:
+        """See `Schedule.trainers_whole`: always."""
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows.state_dict(), "algorithm": self.algorithm.state_dict()}

@@ -1,16 +1,14 @@
 """Actor weights to every engine; the policy version rises only on the three proofs (`hybridflow.resharding.proofs`)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.resharding.incoming import Checksums, Incoming, Outgoing
 from hybridflow.resharding.layout import combined, renumbered
 from hybridflow.resharding.plan import Plan, make_plan, validate
-from hybridflow.resharding.proofs import verify
+from hybridflow.resharding.proofs import refuse_differences, verify_probes, verify_written
 from hybridflow.resharding.sources import Topology
 from hybridflow.resharding.transport import Delivery, RankLayout, Transport, choose_transport
 
@@ -40,7 +38,7 @@ def plan_route(sources: Sequence[RankLayout], engines: Sequence[RankLayout], buc
     parts = [Incoming.of(plan, rank) for rank in destination.ranks]
     return Route(
         plan,
-        choose_transport(plan, sources, bucket_bytes),
+        choose_transport(plan, sources, engines, bucket_bytes),
         tuple(Outgoing.of(plan, rank) for rank in source.ranks),
         tuple(tuple(parts[k * per_engine : (k + 1) * per_engine]) for k in range(len(engines))),
     )
@@ -51,38 +49,73 @@ class PolicySync:
 
     tolerance: the largest allowed difference of a probe log-prob, in nats (float32: 1e-4; bf16 needs more).
     bucket_bytes: of one message, where weights travel through the store.
+    read_back_every: syncs between two comparisons of what the engines hold with what the actor holds; 0 is never.
     """
 
-    def __init__(self, actor: Any, rollout: Any, probe: list[int], tolerance: float, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        actor: Any,
+        rollout: Any,
+        probe: list[int],
+        tolerance: float,
+        bucket_bytes: int,
+        read_back_every: int = 0,
+    ) -> None:
         self.actor, self.rollout, self.probe = actor, rollout, probe
-        self.tolerance, self.bucket_bytes = tolerance, bucket_bytes
+        self.tolerance, self.bucket_bytes, self.read_back_every = tolerance, bucket_bytes, read_back_every
         self.version = 0
         self._route: Route | None = None
 
-    def sync(self) -> Metrics:
-        """Send, receive, verify, then raise the version. Raises WeightSyncError and leaves the version as it is."""
-        return self._deliver(self.version + 1)
+    def sync(self, loaded: Callable[[], None] | None = None) -> Metrics:
+        """Send, receive, verify, then raise the version. Raises WeightSyncError and leaves the version as it is.
 
-    def restore(self, version: int) -> None:
+        loaded: called when all engines have proved that the weights are in their memory, before the log-probs of the
+        probe are asked for: what waits for that moment, such as caches that the forward pass needs.
+        """
+        return self._deliver(self.version + 1, loaded)
+
+    def read_back(self) -> tuple[str, ...]:
+        """Raise WeightSyncError unless every engine computes with the actor's weights, bit for bit. Answers the
+        parameters that cannot be read."""
+        offers = self.actor.offer().result()
+        found = self.rollout.read_back(tuple(offers)).result()
+        refuse_differences(found)
+        return tuple(sorted({name for of_engine in found for name in of_engine.unread}))
+
+    def restore(self, version: int, loaded: Callable[[], None] | None = None) -> None:
         """Give engines that hold other weights those of the actor, under the version it had."""
-        self._deliver(version)
+        self._deliver(version, loaded)
 
     def route(self) -> Route:
         if self._route is None:
             held, wanted = self.actor.layout(), self.rollout.layout()
-            self._route = plan_route(held.result(), wanted.result(), self.bucket_bytes)
+            self.use(plan_route(held.result(), wanted.result(), self.bucket_bytes))
+        assert self._route is not None
         return self._route
 
-    def _deliver(self, version: int) -> Metrics:
+    def use(self, route: Route) -> None:
+        """Weights take this route from now on. Each rank gets its part of it once, not at every sync."""
+        taken = self.actor.take_route(list(route.outgoing), [route.transport] * len(route.outgoing))
+        self.rollout.take_route(list(route.incoming), [route.transport] * len(route.incoming)).result()
+        taken.result()
+        self._route = route
+
+    def _deliver(self, version: int, loaded: Callable[[], None] | None) -> Metrics:
         route = self.route()
-        num_ranks, probe = len(route.outgoing), tuple(self.probe)
-        offers = self.actor.offer(list(route.outgoing), [route.transport] * num_ranks).result()
-        proofs = self.actor.prove(list(route.outgoing), [self.probe] * num_ranks)
-        deliveries = [Delivery(version, parts, route.transport, tuple(offers), probe) for parts in route.incoming]
-        receipts = self.rollout.receive(deliveries).result()
+        offers = self.actor.offer().result()
+        proofs = self.actor.prove(self.probe)
+        probe = () if loaded else tuple(self.probe)
+        receipts = self.rollout.receive(Delivery(version, tuple(offers), probe)).result()
         sent: Checksums = {row: value for checksums, _ in proofs.result() for row, value in checksums.items()}
         sent_logprobs = proofs.result()[0][1]
-        verify(route.plan, sent, sent_logprobs, receipts, self.tolerance)
+        verify_written(route.plan, sent, receipts)
+        if self.read_back_every and version % self.read_back_every == 0:
+            self.read_back()
+        if loaded:
+            loaded()
+            found = self.rollout.probe(self.probe).result()
+            receipts = [replace(receipt, probe_logprobs=of) for receipt, of in zip(receipts, found, strict=True)]
+        verify_probes(sent_logprobs, receipts, self.tolerance)
         self.rollout.trust().result()
         self.version = version
         difference = max(
@@ -90,10 +123,8 @@ class PolicySync:
             for receipt in receipts
             for theirs, ours in zip(receipt.probe_logprobs, sent_logprobs, strict=True)
         )
-        rows = np.array([row for receipt in receipts for row in receipt.checksums], dtype=np.int64)
-        num_bytes = int(route.plan.num_bytes(route.plan.moves.rows(rows)).sum())
         return {
             "sync/version": Metric(version),
-            "sync/bytes": Metric(num_bytes),
+            "sync/bytes": Metric(sum(receipt.num_bytes for receipt in receipts)),
             "sync/probe_difference_max": Metric(difference, reduction="max"),
         }

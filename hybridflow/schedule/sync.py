@@ -1,10 +1,12 @@
 """The synchronous schedule: generate, score, learn, sync, one after another.
 
 Consumes prompts; produces metrics and scored rows; waits for every stage. Samples always come from the newest policy.
+Sampling and scoring are in the generation phase, all from the log-probs to the last update in the training phase.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from hybridflow.rewards.failures import check_share
 from hybridflow.roles import Roles
 from hybridflow.schedule.base import Source, StepResult
 from hybridflow.schedule.intake import Intake, collect, diagnosis
-from hybridflow.schedule.policy_sync import PolicySync
+from hybridflow.schedule.phases import Phases
 from hybridflow.schedule.sample_metrics import failed, sample_metrics, validation_metrics
 from hybridflow.spans import span
 
@@ -44,11 +46,11 @@ class SyncSchedule:
         roles: Roles,
         prompts: Source,
         store: Store,
-        policy: PolicySync,
+        phases: Phases,
         settings: SyncSettings,
     ) -> None:
-        self.algorithm, self.roles, self.prompts, self.store, self.policy = algorithm, roles, prompts, store, policy
-        self.settings = settings
+        self.algorithm, self.roles, self.prompts, self.store, self.phases = algorithm, roles, prompts, store, phases
+        self.settings, self.policy = settings, phases.policy
         self.empty_steps = 0
 
     def step(self, step: int) -> StepResult:
@@ -61,11 +63,13 @@ class SyncSchedule:
             metrics |= self._learn(experience, step)
         else:
             self._nothing_to_learn(taken, step)
+            self.phases.generate()
         if not taken.scored.num_rows:  # the algorithm skipped every prompt
             return StepResult(metrics, None, 0)
         return StepResult(metrics, taken.scored, int(taken.scored.scalar("num_tokens").sum()))
 
     def _experience(self, rollouts: BatchRef) -> BatchRef:
+        self.phases.train()
         with span("experience"):
             return self.algorithm.experience(rollouts, self.roles)
 
@@ -73,7 +77,7 @@ class SyncSchedule:
         with span("update"):
             metrics = self.algorithm.update(experience, self.roles, step)
         with span("sync"):
-            return metrics | self.policy.sync()
+            return metrics | self.phases.sync()
 
     def _nothing_to_learn(self, taken: Intake, step: int) -> None:
         """The step changes no weight. Says why, and stops the run when that goes on."""
@@ -113,6 +117,13 @@ class SyncSchedule:
         self._check_failures(scored)
         return StepResult(validation_metrics(scored), scored, int(scored.scalar("num_tokens").sum()))
 
+    @contextmanager
+    def trainers_whole(self) -> Iterator[None]:
+        """See `Schedule.trainers_whole`."""
+        self.phases.train()
+        yield
+        self.phases.generate()
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "prompts": self.prompts.state_dict(),
@@ -124,7 +135,7 @@ class SyncSchedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.prompts.load_state_dict(state["prompts"])
         self.algorithm.load_state_dict(state["algorithm"])
-        self.policy.restore(state["version"])
+        self.phases.restore(state["version"])
         self.empty_steps = state["empty_steps"]
 
     def _sample(self, requests: BatchRef, sampling: str) -> BatchRef:

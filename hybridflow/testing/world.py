@@ -20,6 +20,7 @@ from hybridflow.errors import NonFiniteError
 from hybridflow.metrics import Metrics
 from hybridflow.roles import Roles
 from hybridflow.schedule.offline import OfflineSchedule
+from hybridflow.schedule.phases import Phases, PhaseSettings
 from hybridflow.schedule.sync import SyncSchedule, SyncSettings
 from hybridflow.testing import ranks, tiny
 from hybridflow.testing.made_up_roles import LONGEST, MadeUpReward, MadeUpRollout
@@ -69,11 +70,11 @@ class Unsynced:
 
     version = 0
 
-    def sync(self) -> Metrics:
+    def sync(self, loaded: object = None) -> Metrics:
         self.version += 1
         return {}
 
-    def restore(self, version: int) -> None:
+    def restore(self, version: int, loaded: object = None) -> None:
         self.version = version
 
 
@@ -174,7 +175,8 @@ class World:
             return OfflineSchedule(algorithm, self.roles, rows, tiny.STORE, PROMPTS)
         policy: Any = Unsynced()
         settings = SyncSettings(PROMPTS, SEED, max_empty_steps=1)
-        schedule = ShuffledSchedule(algorithm, self.roles, rows, tiny.STORE, policy, settings)
+        phases = Phases(policy, None, {}, PhaseSettings())
+        schedule = ShuffledSchedule(algorithm, self.roles, rows, tiny.STORE, phases, settings)
         schedule.order = self.order
         return schedule
 

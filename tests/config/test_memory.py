@@ -125,7 +125,7 @@ def test_the_table() -> None:
     assert lines[3].startswith("pool all, sum")
     assert not any("asleep" in line for line in lines)
     gpus = layout_table(small("placement.pools.all.gpus_per_rank=1"), ("rollout",), "actor")
-    assert gpus.splitlines()[-1].startswith("Engines on GPUs are counted as asleep in training")
+    assert gpus.splitlines()[-1].startswith("Engines are counted as asleep in training")
     assert any(line.startswith("resharding actor -> rollout moves 16.3 kB") for line in lines)
 
 

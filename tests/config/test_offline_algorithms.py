@@ -91,6 +91,7 @@ def test_held_out_rows_are_asked_for_where_they_are_measured():
 
 def test_an_offline_algorithm_says_which_rows_it_learns_from():
     text = "from hybridflow.algorithm import Algorithm\n\nclass Mine(Algorithm):\n    online = False\n"
+    text += "    def update(self, *_):\n        ...\n"
     Path("mine_without_rows.py").write_text(text)
     line = only("algorithm=sft", "~algorithm.aggregation", "~algorithm.epochs", "~algorithm.mini_batches",
                 "algorithm.target=mine_without_rows.Mine")  # fmt: skip

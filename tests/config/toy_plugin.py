@@ -23,6 +23,9 @@ class Toy(Algorithm):
     def problems(cls, config):
         return ["samples: 1 sample has no group baseline; at least 2"] if config.samples == 1 else []
 
+    def update(self, experience, roles, step):
+        return {}
+
 
 class ToyEngine(Settings):
     name: str = "torch"
@@ -32,3 +35,7 @@ class ToyEngine(Settings):
 
 class NotAnAlgorithm:
     pass
+
+
+class Unfinished(Algorithm):
+    """Has no `update`."""

@@ -38,12 +38,12 @@ class FaultyActor(actor.ActorWorker):
         super().__init__(*args, **more)
         self.fault, self.num_offers = fault, 0
 
-    @dispatch("ALL_TO_ALL")
-    def offer(self, outgoing: Any, transport: Any) -> Any:
+    @dispatch("ONE_TO_ALL")
+    def offer(self) -> Any:
         self.num_offers += 1
         if self.fault and self.fault.rank == self.context.coordinates.rank and self.fault.version == self.num_offers:
             self.fault.strike()
-        return super().offer(outgoing, transport)
+        return super().offer()
 
     @dispatch("ONE_TO_ALL")
     def train(self) -> None:
@@ -62,7 +62,7 @@ class FaultyRollout(rollout.RolloutWorker):
         super().__init__(*args, **more)
         self.fault = fault
 
-    @dispatch("ALL_TO_ALL")
+    @dispatch("ONE_TO_ALL")
     def receive(self, delivery: Delivery) -> Receipt:
         """The fault strikes when half of the storages are written. It strikes once."""
         fault = self.fault
@@ -70,13 +70,16 @@ class FaultyRollout(rollout.RolloutWorker):
             return super().receive(delivery)
         whole = hf_engine.assemble
 
-        def broken(*args: Any) -> Iterator[Any]:
-            for index, (name, flat, checksums) in enumerate(whole(*args)):
+        def broken(incoming: Any, sources: Any, *into: Any) -> Iterator[Any]:
+            if fault.how == "flip":  # on the way: neither the trainer's memory nor what the engine says of it
+                last = incoming.fillings[-1].moves[0].source
+                flipped = sources[last.rank][last.storage].clone()
+                flipped.view(torch.int32)[last.offset] ^= 1
+                sources = {**sources, last.rank: {**sources[last.rank], last.storage: flipped}}
+            for index, found in enumerate(whole(incoming, sources, *into)):
                 if index == 5:
                     fault.strike()
-                    flat.view(torch.int32)[0] ^= 1
-                    checksums = {row: value ^ 1 for row, value in checksums.items()}
-                yield name, flat, checksums
+                yield found
 
         self.fault, hf_engine.assemble = None, broken
         try:

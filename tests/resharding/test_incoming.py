@@ -120,3 +120,16 @@ def test_what_the_plan_reads_and_nobody_published_is_named(plan, held):
         list(assemble(Incoming.of(plan, 0), {0: held[0], 1: {}}))
     with pytest.raises(WeightSyncError, match="memory that source and destination share"):
         Incoming.of(make_plan(plan.source, plan.source, colocated((0, 1))), 0)
+
+
+def test_checksums_are_of_what_lies_in_memory_after_the_copy(plan, held, monkeypatch):
+    copy = torch.Tensor.copy_
+
+    def bad_memory(into, source):
+        copy(into, source)
+        into[-1] = 0.5
+
+    monkeypatch.setattr(torch.Tensor, "copy_", bad_memory)
+    ((_, _, checksums),) = assemble(Incoming.of(plan, 0), held)
+    sent = {row: value for rank in (0, 1) for row, value in _sums(plan, rank, held).items()}
+    assert all(checksums[row].xxh3_64 != sent[row].xxh3_64 for row in checksums)

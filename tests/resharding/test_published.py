@@ -122,6 +122,15 @@ def test_what_cannot_be_published_is_refused_with_its_name(monkeypatch):
     assert not weights["w"].is_shared()
 
 
+def test_shared_memory_that_another_rank_took_meanwhile_is_named(monkeypatch):
+    def taken(memory):
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", taken)
+    with pytest.raises(WeightSyncError, match=r"w: 4 MiB do not fit into /dev/shm beside.*--shm-size"):
+        publish(1, {"w": torch.zeros(1 << 20)})
+
+
 def test_the_limit_of_open_files_is_raised_or_named(monkeypatch):
     limits = {"now": (100, 1000)}
     monkeypatch.setattr(published.resource, "getrlimit", lambda which: limits["now"])

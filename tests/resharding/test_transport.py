@@ -33,8 +33,9 @@ class Memory:
         return [(want.block.handle.select(want.columns), want.rows) for want in wants]
 
 
-def deliver(transport, plan, held, store, per_engine=1):
-    """What every engine's ranks assemble, by rank, and the checksums of both sides."""
+def deliver(transport, plan, held, store, per_engine=1, in_turn=False):
+    """What every engine's ranks assemble, by rank, and the checksums of both sides. in_turn: no more than a bucket's
+    memory at a time, or one storage of all ranks."""
     offers = [transport.offer(Outgoing.of(plan, rank), held[rank], store) for rank in plan.source.ranks]
     sent = {
         row: value
@@ -44,21 +45,34 @@ def deliver(transport, plan, held, store, per_engine=1):
     written, received = {}, {}
     ranks = list(plan.destination.ranks)
     for first in range(0, len(ranks), per_engine):
-        taken = transport.take([Incoming.of(plan, r) for r in ranks[first : first + per_engine]], offers, store)
-        with mapped(taken.publications) as sources:
-            for incoming in taken.incoming:
-                written[incoming.rank] = {}
-                for name, flat, checksums in assemble(incoming, sources):
-                    written[incoming.rank][name] = flat
-                    received |= checksums
+        parts = [Incoming.of(plan, r) for r in ranks[first : first + per_engine]]
+        written |= {part.rank: {} for part in parts}
+        for taken in (
+            transport.take_in_turn(parts, offers, store) if in_turn else [transport.take(parts, offers, store)]
+        ):
+            assert [part.rank for part in taken.incoming] == ranks[first : first + per_engine]
+            names = {filling.storage.name for part in taken.incoming for filling in part.fillings}
+            if in_turn and taken.memory and len(names) > 1:
+                assert sum(memory.nbytes for memory in taken.memory) <= transport.bucket_bytes
+            with mapped(taken.publications) as sources:
+                for incoming in taken.incoming:
+                    for name, flat, checksums in assemble(incoming, sources):
+                        written[incoming.rank][name] = flat
+                        assert not received.keys() & checksums.keys()
+                        received |= checksums
     return written, sent, received, offers
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
 @given(
-    one=sides(), other=sides(), bucket=st.sampled_from([64, 1000, 1 << 20]), through_store=st.booleans(), data=st.data()
+    one=sides(),
+    other=sides(),
+    bucket=st.sampled_from([64, 1000, 1 << 20]),
+    through_store=st.booleans(),
+    in_turn=st.booleans(),
+    data=st.data(),
 )
-def test_both_transports_bring_what_a_transfer_does(one: Side, other: Side, bucket, through_store, data):
+def test_both_transports_bring_what_a_transfer_does(one: Side, other: Side, bucket, through_store, in_turn, data):
     plan = make_plan(one.layout, other.layout)
     held, store = one.tensors(FULL), Memory()
     expected = {rank: plan.destination.allocate(rank) for rank in plan.destination.ranks}
@@ -67,7 +81,7 @@ def test_both_transports_bring_what_a_transfer_does(one: Side, other: Side, buck
     per_engine = data.draw(st.sampled_from([size for size in range(1, num_ranks + 1) if num_ranks % size == 0]))
     transport = ThroughStore(bucket) if through_store else PublishedMemory()
 
-    written, sent, received, offers = deliver(transport, plan, held, store, per_engine)
+    written, sent, received, offers = deliver(transport, plan, held, store, per_engine, in_turn)
 
     assert sent == received
     for rank, tensors in expected.items():
@@ -87,11 +101,12 @@ def mixed():
     return make_plan(layout, layout), {0: held}
 
 
-@pytest.mark.parametrize("bucket", [4, 7, 64])
-def test_mixed_dtypes_through_the_store(mixed, bucket):
+@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("bucket", [4, 7, 40, 64])
+def test_mixed_dtypes_through_the_store(mixed, bucket, in_turn):
     plan, held = mixed
     store = Memory()
-    written, sent, received, _ = deliver(ThroughStore(bucket), plan, held, store)
+    written, sent, received, _ = deliver(ThroughStore(bucket), plan, held, store, in_turn=in_turn)
     assert sent == received and len(sent) == 4
     assert all(torch.equal(written[0][name], tensor) for name, tensor in held[0].items())
     assert sum(store.sizes) == 9 * (1 + 4 + 2 + 2) and max(store.sizes) <= bucket
@@ -104,6 +119,21 @@ def test_a_bucket_that_did_not_come_is_named(mixed):
     short = Packed(0, {0: offer.buckets[0][:-1]}, offer.num_bytes)
     with pytest.raises(WeightSyncError, match="destination rank 0: 80 bytes came from source rank 0, the plan has 81"):
         transport.take([Incoming.of(plan, 0)], [short], store)
+
+
+def test_a_bucket_of_memory_at_a_time(mixed):
+    """Storages of 9, 36, 18 and 18 bytes."""
+    plan, held = mixed
+    store, sizes = Memory(), []
+    offers = [ThroughStore(45).offer(Outgoing.of(plan, 0), held[0], store)]
+    for taken in ThroughStore(45).take_in_turn([Incoming.of(plan, 0)], offers, store):
+        names = [filling.storage.name for filling in taken.incoming[0].fillings]
+        sizes.append((names, sum(memory.nbytes for memory in taken.memory)))
+    assert sizes == [(["a", "b"], 45), (["c", "d"], 36)]
+    larger = ThroughStore(20)
+    offers = [larger.offer(Outgoing.of(plan, 0), held[0], store)]
+    groups = [taken.incoming[0].fillings for taken in larger.take_in_turn([Incoming.of(plan, 0)], offers, store)]
+    assert [[filling.storage.name for filling in fillings] for fillings in groups] == [["a"], ["b"], ["c"], ["d"]]
 
 
 @pytest.mark.parametrize("transport", [PublishedMemory(), ThroughStore(64)])
@@ -120,7 +150,8 @@ def test_the_transport_follows_from_where_the_ranks_are():
     def chosen(sources, destinations, device="cpu"):
         near = Topology({}, dict(enumerate(sources)), dict(enumerate(destinations)))
         ranks = [RankLayout(layout, node, device) for node in sources]
-        return choose_transport(make_plan(layout, layout, near), ranks, 99)
+        engines = [RankLayout(layout, node, device) for node in destinations]
+        return choose_transport(make_plan(layout, layout, near), ranks, engines, 99)
 
     assert chosen("aa", "aa") == PublishedMemory()
     assert chosen("ab", "ab") == PublishedMemory()  # each engine finds a replica on its own node

@@ -8,9 +8,9 @@ import torch
 
 from hybridflow.errors import WeightSyncError
 from hybridflow.resharding.cuts import Even
-from hybridflow.resharding.incoming import assemble, expected_checksums
+from hybridflow.resharding.incoming import Checksum, assemble, expected_checksums
 from hybridflow.resharding.layout import Parameter, renumbered
-from hybridflow.resharding.proofs import Receipt
+from hybridflow.resharding.proofs import Difference, ReadBack, Receipt
 from hybridflow.resharding.published import mapped
 from hybridflow.resharding.shards import Spec, build_layout, grid
 from hybridflow.resharding.transport import PublishedMemory, RankLayout, ThroughStore
@@ -35,37 +35,48 @@ class FakeActor:
     """Two data ranks that hold everything."""
 
     held: list[dict[str, torch.Tensor]] = field(default_factory=lambda: [dict(FULL), dict(FULL)])
+    taken: list[Any] = field(default_factory=list)
 
     def layout(self) -> Done:
         layout = build_layout([Spec(parameter) for parameter in PARAMETERS], grid())
         return Done([RankLayout.here(renumbered(layout, rank)) for rank in (0, 1)])
 
-    def offer(self, outgoing: Any, transports: Any) -> Done:
-        return Done([t.offer(o, self.held[o.rank], None) for o, t in zip(outgoing, transports, strict=True)])
+    def take_route(self, outgoing: Any, transports: Any) -> Done:
+        self.taken = list(zip(outgoing, transports, strict=True))
+        return Done([None, None])
 
-    def prove(self, outgoing: Any, probes: Any) -> Done:
-        assert probes == [PROBE, PROBE]
-        return Done([(expected_checksums(o, self.held[o.rank]), [-1.0, -2.0]) for o in outgoing])
+    def offer(self) -> Done:
+        return Done([transport.offer(out, self.held[out.rank], None) for out, transport in self.taken])
+
+    def prove(self, probe: Any) -> Done:
+        assert probe == PROBE
+        return Done([(expected_checksums(out, self.held[out.rank]), [-1.0, -2.0]) for out, _ in self.taken])
 
 
 @dataclass
 class FakeRollout:
-    """Two engines of two tensor ranks. harm: what engine 1 does to its receipt."""
+    """Two engines of two tensor ranks. harm: what engine 1 does to its receipt. reads: what it reads back."""
 
     harm: Any = None
     nodes: tuple[str | None, str | None] = (None, None)
     seen: list[Any] = field(default_factory=list)
     holds: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    taken: list[Any] = field(default_factory=list)
+    reads: ReadBack = field(default_factory=lambda: ReadBack(()))
 
     def layout(self) -> Done:
         here = RankLayout.here(build_layout(SPECS, grid(tensor=2)))
         return Done([RankLayout(here.layout, node or here.node) for node in self.nodes])
 
-    def receive(self, deliveries: Any) -> Done:
+    def take_route(self, incoming: Any, transports: Any) -> Done:
+        self.taken = list(zip(incoming, transports, strict=True))
+        return Done([None, None])
+
+    def receive(self, delivery: Any) -> Done:
         receipts = []
-        for engine, delivery in enumerate(deliveries):
-            assert delivery.probe == tuple(PROBE)
-            taken = delivery.transport.take(delivery.incoming, delivery.offers, None)
+        assert delivery.probe == tuple(PROBE)
+        for engine, (parts, transport) in enumerate(self.taken):
+            taken = transport.take(parts, delivery.offers, None)
             sums: dict[int, int] = {}
             with mapped(taken.publications) as sources:
                 for incoming in taken.incoming:
@@ -75,8 +86,13 @@ class FakeRollout:
                         sums |= checksums
             receipt = Receipt(sums, [-1.0, -2.00005])
             receipts.append(self.harm(receipt) if self.harm and engine == 1 else receipt)
-        self.seen.append(deliveries[0].version)
+        self.seen.append(delivery.version)
         return Done(receipts)
+
+    def read_back(self, offers: Any) -> Done:
+        assert len(offers) == 2
+        self.seen.append("read back")
+        return Done([ReadBack(()), self.reads])
 
     def trust(self) -> Done:
         self.seen.append("trusted")
@@ -116,10 +132,13 @@ def first_row(receipt: Receipt) -> int:
             r"a.weight \[0, 0, 0\] to \[2, 6, 1\] of source rank \d",
         ),
         (
-            lambda r: Receipt({**r.checksums, first_row(r): 1}, r.probe_logprobs),
+            lambda r: Receipt({**r.checksums, first_row(r): Checksum(24, 1)}, r.probe_logprobs),
             "rollout rank 1, tensor rank 0: proof of checksums as received failed: 1 slices other than sent: a.weight",
         ),
-        (lambda r: Receipt({**r.checksums, 99: 1}, r.probe_logprobs), r"rows \[99\] are not of the plan's"),
+        (
+            lambda r: Receipt({**r.checksums, 99: Checksum(24, 1)}, r.probe_logprobs),
+            r"rows \[99\] are not of the plan's",
+        ),
         (lambda r: Receipt(r.checksums, [-1.0, -2.1]), "rollout rank 1: proof of probe log-probs"),
         (lambda r: Receipt(r.checksums, [-1.0, float("nan")]), "probe"),
         (lambda r: Receipt(r.checksums, [-1.0]), "1 values for 2 probe tokens"),
@@ -130,6 +149,26 @@ def test_one_engine_without_proof_holds_the_version_and_none_is_trusted(harm: An
     with pytest.raises(WeightSyncError, match=said):
         run.sync()
     assert run.version == 0 and run.rollout.seen == [1]
+
+
+def test_every_second_version_is_read_back_before_it_is_trusted() -> None:
+    run = policy()
+    run.read_back_every = 2
+    for _ in range(3):
+        run.sync()
+    assert run.rollout.seen == [1, "trusted", 2, "read back", "trusted", 3, "trusted"]
+
+
+def test_an_engine_that_holds_something_else_stops_the_run_and_is_named() -> None:
+    run = policy()
+    run.read_back_every = 1
+    run.rollout.reads = ReadBack((Difference("a.weight", 1, (0, 2, 0), (1, 3, 1), 0.5),), ("experts",))
+    said = r"rollout rank 1: read back, 1 slices.*a.weight, tensor rank 1, \[0, 2, 0\] to \[1, 3, 1\]: off by up to 0.5"
+    with pytest.raises(WeightSyncError, match=said):
+        run.sync()
+    assert run.version == 0 and run.rollout.seen == [1, "read back"]
+    run.rollout.reads = ReadBack((), ("experts",))
+    assert run.read_back() == ("experts",)
 
 
 def test_restore_delivers_under_the_saved_version() -> None:

@@ -14,6 +14,7 @@ from hybridflow.controller.local_runtime import LocalStore
 from hybridflow.errors import HybridFlowError, RewardError
 from hybridflow.metrics import Metrics
 from hybridflow.roles import Roles
+from hybridflow.schedule.phases import Phases, PhaseSettings
 from hybridflow.schedule.sync import SyncSchedule, SyncSettings
 
 
@@ -40,7 +41,7 @@ class FakeRollout:
 class FakePolicy:
     version = 0
 
-    def sync(self) -> Metrics:
+    def sync(self, loaded: Any = None) -> Metrics:
         self.version += 1
         return {}
 
@@ -103,7 +104,8 @@ def schedule(floor: int, kind: type[Two] = Two) -> tuple[SyncSchedule, Two, Fake
     algorithm.floor = floor
     roles = Roles({"rollout": rollout})
     settings = SyncSettings(prompts_per_step=3, seed=5, max_empty_steps=2)
-    return SyncSchedule(algorithm, roles, Prompts(), LocalStore(), FakePolicy(), settings), algorithm, rollout
+    phases = Phases(FakePolicy(), rollout, {}, PhaseSettings())
+    return SyncSchedule(algorithm, roles, Prompts(), LocalStore(), phases, settings), algorithm, rollout
 
 
 def test_dropped_groups_leave_in_request_order() -> None:
@@ -197,7 +199,7 @@ def test_scores_that_are_not_finite_are_named_unless_the_sample_was_declined(wro
         scored_by(rollouts, good, costs=bad)
     reward = type("Reward", (), {"score": lambda self, rows: bad})()
     with pytest.raises(RewardError, match="rewards: found"):
-        Algorithm(None, AlgorithmContext(0, 1.0, 8)).score(rollouts, Roles({"reward": reward}))
+        Algorithm.score(Two(None, AlgorithmContext(0, 1.0, 8)), rollouts, Roles({"reward": reward}))
     declined = scored_by(rollouts, scores([1.0, wrong], [False, True]), costs=good)
     assert declined.scalar("abstained").tolist() == [False, True]
 

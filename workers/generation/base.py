@@ -1,6 +1,6 @@
 """What every generation engine does."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from hybridflow.resharding.incoming import Incoming
 from hybridflow.resharding.layout import Layout
-from hybridflow.resharding.proofs import Receipt
+from hybridflow.resharding.proofs import ReadBack, Receipt
 from hybridflow.resharding.published import Publication
+from hybridflow.resharding.transport import Taken
 from hybridflow.settings import Settings
 
 
@@ -76,24 +77,6 @@ class Sample:
     forced: tuple[int, int] = (0, 0)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """What an engine's tensor rank holds otherwise than published. low, high: the smallest box of the parameter (three
-    axes) around it; largest: absolute difference."""
-
-    parameter: str
-    rank: int
-    low: tuple[int, int, int]
-    high: tuple[int, int, int]
-    largest: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.parameter}, tensor rank {self.rank}, {list(self.low)} to {list(self.high)}: off by up to "
-            f"{self.largest:g}"
-        )
-
-
 class GenerationEngine(Protocol):
     """max_tokens: the most tokens that a prompt and its response may have together."""
 
@@ -109,19 +92,27 @@ class GenerationEngine(Protocol):
         tensor ranks 0, 1, ... must be given; one storage a parameter and rank."""
         ...
 
-    def receive(
-        self, version: int, incoming: Sequence[Incoming], publications: Sequence[Publication], probe: Sequence[int]
-    ) -> Receipt:
-        """Replace all weights and drop caches: each tensor rank copies its own slices out of the publications, one
-        parameter at a time. incoming: one a tensor rank, of a plan whose destination is this engine's `layout`. The
-        receipt has the log-probs of `probe[1:]` given their prefixes. Requests held by `pause` go on with the new
-        weights: those tokens carry the new version. Whatever fails, the engine refuses to generate until a transfer
-        succeeds."""
+    def visible_gpus(self) -> tuple[str, ...]:
+        """UUIDs of the GPUs on which all of the engine's processes can read other processes' memory."""
         ...
 
-    def read_back(self, incoming: Sequence[Incoming], publications: Sequence[Publication]) -> list[Difference]:
-        """Where the weights that the engine computes with are not, bit for bit, those of the publications. Empty is
-        good. Raises WeightSyncError where some cannot be read."""
+    def receive(
+        self, version: int, incoming: Sequence[Incoming], parts: Iterable[Taken], probe: Sequence[int]
+    ) -> Receipt:
+        """Replace all weights and drop caches: each tensor rank copies its own slices out of the publications, one
+        parameter at a time. incoming: one a tensor rank, of a plan whose destination is this engine's `layout`. parts:
+        where these are read, together once; each is let go before the next is asked for. The receipt has the log-probs
+        of `probe[1:]` given their prefixes. Requests held by `pause` go on with the new weights: those tokens carry the
+        new version. Whatever fails, the engine refuses to generate until a transfer succeeds. While the cache is asleep
+        `probe` must be empty, and the method of that name follows `wake_cache`."""
+        ...
+
+    def probe(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probs of `tokens[1:]` given their prefixes, under the weights as they are."""
+        ...
+
+    def read_back(self, incoming: Sequence[Incoming], publications: Sequence[Publication]) -> ReadBack:
+        """Where the weights that the engine computes with are not, bit for bit, those of the publications."""
         ...
 
     def pause(self) -> None: ...
@@ -132,8 +123,18 @@ class GenerationEngine(Protocol):
         """End every running request with the tokens it has."""
         ...
 
-    def sleep(self) -> None: ...
+    def sleep(self, keep_weights: bool = False) -> None:
+        """Give the device's memory back, weights and caches, when nothing runs. The weights are gone, since others are
+        about to come, and the engine refuses to generate until it received those; or a copy of them stays in the host's
+        memory. Memory that an engine cannot give back (vLLM's on a CPU) it keeps."""
+        ...
 
-    def wake(self) -> None: ...
+    def wake_weights(self) -> None:
+        """Take memory for the weights, so that they can be received; the caches sleep on."""
+        ...
+
+    def wake_cache(self) -> None:
+        """Take memory for the caches: the engine is awake. The weights must be awake already."""
+        ...
 
     def shutdown(self) -> None: ...

@@ -1,6 +1,7 @@
 """Hugging Face `generate` as a generation engine: in the rank's own process, on any device."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from transformers.generation.logits_process import (
 
 from hybridflow.errors import WeightSyncError
 from hybridflow.resharding.boxes import three_axes
+from hybridflow.resharding.cuda_ipc import visible_gpus
 from hybridflow.resharding.incoming import Checksums, Incoming, assemble
 from hybridflow.resharding.layout import Layout, Parameter
-from hybridflow.resharding.proofs import Receipt
+from hybridflow.resharding.proofs import Difference, ReadBack, Receipt
 from hybridflow.resharding.published import Publication, mapped
+from hybridflow.resharding.transport import Taken
 from hybridflow.spans import span
 from workers.generation import model_folder
-from workers.generation.base import Difference, Request, Sample, Sampling
+from workers.generation.base import Request, Sample, Sampling
 from workers.generation.gate import Gate
-from workers.generation.planned import FAILED, refuse_other_storages
+from workers.generation.planned import ASLEEP, FAILED, NEW_MEMORY, refuse_other_storages
 from workers.generation.requests import refuse_unfit, stop_ids
 from workers.generation.seeded_draw import SeededDraw, uniforms
 from workers.generation.settings import RolloutSettings
@@ -49,7 +52,8 @@ class HfEngine:
         self.max_tokens = model_folder.longest(folder, settings.max_model_len)
         self._rows_per_batch = settings.max_num_seqs
         self._version = 0
-        self._half_written = ""
+        self._half_written = self._after_sleep = ""
+        self._shapes: list[torch.Size] = []
         self._gate = Gate()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Sample]]:
@@ -112,19 +116,32 @@ class HfEngine:
         ]
         return layout_of(parameters, [{name: [((0, 0, 0), three_axes(held[name].shape))] for name in held}])
 
+    def visible_gpus(self) -> tuple[str, ...]:
+        """See `GenerationEngine.visible_gpus`."""
+        return visible_gpus()
+
     def receive(
-        self, version: int, incoming: Sequence[Incoming], publications: Sequence[Publication], probe: Sequence[int]
+        self, version: int, incoming: Sequence[Incoming], parts: Iterable[Taken], probe: Sequence[int]
     ) -> Receipt:
         """See `GenerationEngine.receive`: one copy, into the model's own parameters."""
         with self._gate.stopped():
             self._half_written = FAILED
             refuse_other_storages(self.layout(), incoming)
-            with span("write_weights"), mapped(publications) as sources:
-                checksums = self._assemble(incoming[0], sources)
+            with span("write_weights"):
+                checksums = self._write(parts)
             self._version = version
             self._half_written = ""
             with span("probe"):
-                return Receipt(checksums, self._probe(list(probe)))
+                return Receipt(checksums, self.probe(probe) if probe else [])
+
+    def _write(self, parts: Iterable[Taken]) -> Checksums:
+        checksums: Checksums = {}
+        waiting = iter(parts)
+        while (taken := next(waiting, None)) is not None:
+            with mapped(taken.publications) as sources:
+                checksums |= self._assemble(taken.incoming[0], sources)
+            del taken, sources  # and the memory that they hold
+        return checksums
 
     def _assemble(self, incoming: Incoming, sources: Mapping[int, Mapping[str, Tensor]]) -> Checksums:
         """A tied parameter comes twice, and lies in one memory: the second must equal the first."""
@@ -133,12 +150,9 @@ class HfEngine:
         twins = {name for name, tensor in held.items() if first.setdefault(tensor.data_ptr(), name) != name}
         own = [filling for filling in incoming.fillings if filling.storage.name not in twins]
         tied = [filling for filling in incoming.fillings if filling.storage.name in twins]
-        into = held if self._device.type == "cpu" else None
         checksums: Checksums = {}
-        for name, flat, sums in assemble(Incoming(incoming.rank, tuple(own)), sources, into):
+        for _, _, sums in assemble(Incoming(incoming.rank, tuple(own)), sources, into=held):
             checksums.update(sums)
-            if into is None:
-                held[name].view(-1).copy_(flat)
         for name, flat, sums in assemble(Incoming(incoming.rank, tuple(tied)), sources):
             checksums.update(sums)
             if not torch.equal(flat, held[name].view(-1).cpu()):
@@ -148,7 +162,7 @@ class HfEngine:
                 )
         return checksums
 
-    def read_back(self, incoming: Sequence[Incoming], publications: Sequence[Publication]) -> list[Difference]:
+    def read_back(self, incoming: Sequence[Incoming], publications: Sequence[Publication]) -> ReadBack:
         """See `GenerationEngine.read_back`."""
         refuse_other_storages(self.layout(), incoming)
         held, found = self._model.state_dict(), []
@@ -158,11 +172,12 @@ class HfEngine:
                 box = difference_box(((0, 0, 0), three_axes(ours.shape)), ours, wanted)
                 if box is not None:
                     found.append(Difference(name, 0, *box, float((ours.double() - wanted.double()).abs().max())))
-        return found
+        return ReadBack(tuple(found))
 
     @torch.no_grad()
-    def _probe(self, tokens: list[int]) -> list[float]:
-        ids_1T = torch.tensor([tokens], device=self._device)
+    def probe(self, tokens: Sequence[int]) -> list[float]:
+        """See `GenerationEngine.probe`."""
+        ids_1T = torch.tensor([list(tokens)], device=self._device)
         logprobs_TV = self._model(ids_1T).logits[0, :-1].float().log_softmax(-1)
         return logprobs_TV.gather(-1, ids_1T[0, 1:, None])[:, 0].tolist()
 
@@ -183,12 +198,36 @@ class HfEngine:
         """End every running request with the tokens it has."""
         self._gate.abort()
 
-    def sleep(self) -> None:
-        """Move the weights to the host."""
-        self._model.to("cpu")
+    def sleep(self, keep_weights: bool = False) -> None:
+        """See `GenerationEngine.sleep`. Caches live no longer than their requests. On a CPU weights that are kept stay
+        where they are."""
+        with self._gate.stopped():
+            if self._half_written == ASLEEP:
+                return
+            self._after_sleep, self._half_written = self._half_written if keep_weights else NEW_MEMORY, ASLEEP
+            if keep_weights:
+                self._model.to("cpu")
+            else:
+                self._shapes = [parameter.shape for parameter in self._model.parameters()]
+                for parameter in self._model.parameters():
+                    parameter.data = parameter.data.new_empty(0)
+        if self._device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()  # else the allocator keeps it from the other processes of this device
 
-    def wake(self) -> None:
-        self._model.to(self._device)
+    def wake_weights(self) -> None:
+        """See `GenerationEngine.wake_weights`."""
+        with self._gate.stopped():
+            self._model.to(self._device)
+            if self._shapes:
+                for parameter, shape in zip(self._model.parameters(), self._shapes, strict=True):
+                    parameter.data = parameter.data.new_empty(shape)
+                self._shapes = []
+            if self._half_written == ASLEEP:
+                self._half_written = self._after_sleep
+
+    def wake_cache(self) -> None:
+        """Each generation makes its own."""
 
     def shutdown(self) -> None:
         """Nothing outlives this process."""

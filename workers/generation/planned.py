@@ -11,6 +11,10 @@ MAX_NAMED = 5
 FAILED = "a weight transfer failed half-way; send the weights again before generating"
 """What an engine that was left so answers to `generate`."""
 
+ASLEEP = "the engine is asleep; wake its weights and its cache before generating"
+NEW_MEMORY = "the weights did not survive the engine's sleep; send them before generating"
+"""Likewise of one that sleeps, and of one that woke and holds nothing yet."""
+
 
 def refuse_other_storages(layout: Layout, incoming: Sequence[Incoming]) -> None:
     """Raise unless there is one Incoming a rank of this layout, and it fills exactly that rank's storages, in order,

@@ -3,10 +3,27 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from hybridflow.settings import Settings
 from workers.generation.base import Sampling
+
+_SAID_ELSEWHERE = {
+    "model": "model.path",
+    "dtype": "rollout.dtype",
+    "tensor_parallel_size": "rollout.tensor_parallel_size",
+    "max_model_len": "rollout.max_model_len",
+    "max_num_seqs": "rollout.max_num_seqs",
+    "enforce_eager": "rollout.enforce_eager",
+    "kv_cache_memory_bytes": "rollout.kv_cache_gib",
+}
+_FIXED = {
+    "pipeline_parallel_size": "an engine's workers are tensor ranks alone",
+    "data_parallel_size": "replicas are rollout ranks (placement.roles.rollout.ranks)",
+    "enable_expert_parallel": "experts are cut as tensors",
+    "worker_extension_cls": "weights arrive through it",
+    "logprobs_mode": "log-probs must be those of the distribution sampled from",
+}
 
 VLLM_ONLY = ("tensor_parallel_size", "kv_cache_gib", "enforce_eager", "bind_cores", "threads", "vllm")
 
@@ -23,7 +40,7 @@ class RolloutSettings(Settings):
     threads: CPU threads of each tensor-parallel worker (vllm).
     float32_head: below float32, multiply by the language-model head in float32; set engine.float32_head too.
     sampling, validation: how training and validation responses are drawn.
-    vllm: further engine arguments of vLLM, passed as they are; they win over what is derived from the rest.
+    vllm: further engine arguments of vLLM, passed as they are, but for those that other settings decide.
     """
 
     engine: Literal["vllm", "hf"] = "vllm"
@@ -39,6 +56,16 @@ class RolloutSettings(Settings):
     sampling: Sampling = Sampling()
     validation: Sampling = Sampling(temperature=0.0)
     vllm: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("vllm")
+    @classmethod
+    def _theirs_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if key in _SAID_ELSEWHERE:
+                raise ValueError(f"{key}: {_SAID_ELSEWHERE[key]} says it, for all that must agree with it; set that")
+            if key in _FIXED:
+                raise ValueError(f"{key}: cannot be chosen, since {_FIXED[key]}; remove it")
+        return value
 
     def unread(self) -> Mapping[str, str]:
         return dict.fromkeys(self.changed(*VLLM_ONLY), "engine=vllm") if self.engine == "hf" else {}

@@ -41,6 +41,26 @@ def box_of(shape: Sequence[int], view: View) -> Box | None:
     return box
 
 
+def in_storage(shape: Sequence[int], boxes: Sequence[Box], view: View) -> View:
+    """What the view shows of a contiguous parameter of this shape, as a view of the storage that holds these boxes of
+    it one after another. It must lie in one of them, and show elements."""
+    offset, size, stride = view
+    axes, start = three_axes(shape), 0
+    low = _corner(offset, axes)
+    for box in boxes:
+        if all(a <= index < b for a, index, b in zip(box[0], low, box[1], strict=True)):
+            a, b, c = (high - first for first, high in zip(*box, strict=True))
+            steps = [_dot(_corner(step, axes), row_strides((a, b, c))) for step in stride]
+            inside = (low[0] - box[0][0], low[1] - box[0][1], low[2] - box[0][2])
+            return start + _dot(inside, row_strides((a, b, c))), size, tuple(steps)
+        start += volume(box)
+    raise AssertionError(f"a view at {low} of {tuple(shape)} is in none of {boxes}")
+
+
+def _dot(corner: Corner, strides: Corner) -> int:
+    return sum(index * step for index, step in zip(corner, strides, strict=True))
+
+
 def _corner(index: int, axes: Corner) -> Corner:
     a, rest = divmod(index, axes[1] * axes[2])
     return a, *divmod(rest, axes[2])

@@ -8,6 +8,7 @@ from typing import Any
 
 from hybridflow.errors import ConfigError
 from workers.generation.settings import RolloutSettings
+from workers.generation.vllm_memory import AT_START
 
 
 def cores_of(replica: int, num_workers: int, threads: int, cores: list[int]) -> str:
@@ -28,6 +29,7 @@ def environment(settings: RolloutSettings, replica: int) -> Iterator[None]:
 
     values = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
     if current_platform.is_cpu():
+        values |= AT_START
         values["OMP_NUM_THREADS"] = str(settings.threads)  # two engines that spin against each other are 10 x slower
         if settings.bind_cores:
             available = sorted(os.sched_getaffinity(0))

@@ -10,19 +10,20 @@ import itertools
 import pickle
 import queue
 import threading
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hybridflow.errors import WeightSyncError
-from hybridflow.resharding.incoming import Incoming
+from hybridflow.resharding.incoming import Checksum, Checksums, Incoming
 from hybridflow.resharding.layout import Layout, Parameter
-from hybridflow.resharding.proofs import Receipt
+from hybridflow.resharding.proofs import Difference, ReadBack, Receipt
 from hybridflow.resharding.published import Publication
+from hybridflow.resharding.transport import Taken
 from hybridflow.spans import span
 from workers.generation import model_folder
-from workers.generation.base import Difference, Request, Sample, Sampling
-from workers.generation.planned import FAILED, refuse_other_storages
+from workers.generation.base import Request, Sample, Sampling
+from workers.generation.planned import ASLEEP, FAILED, NEW_MEMORY, refuse_other_storages
 from workers.generation.requests import refuse_unfit, stop_ids
 from workers.generation.settings import RolloutSettings
 from workers.generation.slices import from_lists, layout_of
@@ -42,8 +43,10 @@ class VllmEngine:
         self._running: dict[str, None] = {}
         self._num_aborts = 0
         self._paused = False
-        self._half_written = ""
+        self._half_written = self._after_sleep = ""
+        self._cache_sleeps = False
         self._layout: Layout | None = None
+        self._gpus: tuple[str, ...] = ()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-loop", daemon=True)
         self._thread.start()
@@ -78,8 +81,8 @@ class VllmEngine:
             work.cancel()  # does nothing when all groups are done
 
     def _refuse_half_written(self) -> None:
-        if self._half_written:
-            raise WeightSyncError(f"rollout: {self._half_written}")
+        if reason := self._half_written or (ASLEEP if self._cache_sleeps else ""):
+            raise WeightSyncError(f"rollout: {reason}")
 
     async def _draw(
         self,
@@ -143,13 +146,19 @@ class VllmEngine:
         if self._layout is None:
             shapes = {name: list(shape) for name, shape in self._shapes.items()}
             answers = self._rpc("slices", shapes)
+            self._gpus = tuple(gpu for gpu in answers[0]["gpus"] if all(gpu in answer["gpus"] for answer in answers))
             dtype = answers[0]["dtype"]
             parameters = [Parameter(name, shape, dtype) for name, shape in self._shapes.items()]
             self._layout = layout_of(parameters, [from_lists(answer["boxes"]) for answer in answers])
         return self._layout
 
+    def visible_gpus(self) -> tuple[str, ...]:
+        """See `GenerationEngine.visible_gpus`: of the workers, not of this process."""
+        self.layout()
+        return self._gpus
+
     def receive(
-        self, version: int, incoming: Sequence[Incoming], publications: Sequence[Publication], probe: Sequence[int]
+        self, version: int, incoming: Sequence[Incoming], parts: Iterable[Taken], probe: Sequence[int]
     ) -> Receipt:
         """See `GenerationEngine.receive`."""
         layout = self.layout()
@@ -157,21 +166,38 @@ class VllmEngine:
         with span("write_weights"):
             refuse_other_storages(layout, incoming)
             self._wait(self._engine.pause_generation(mode="keep", clear_cache=False))
-            answers = self._rpc("receive", pickle.dumps((list(incoming), list(publications), self._shapes)))
-        _refuse_unwritten(answers)
+            checksums = self._write(parts)
         self._wait(self._take_version(version))
         self._half_written = ""
         with span("probe"):
-            logprobs = self._wait(self._probe(list(probe)))
-        return Receipt({row: sum_ for answer in answers for row, sum_ in answer["checksums"].items()}, logprobs)
+            logprobs = self.probe(probe) if probe else []
+        return Receipt(checksums, logprobs)
+
+    def _write(self, parts: Iterable[Taken]) -> Checksums:
+        checksums: Checksums = {}
+        waiting, first = iter(parts), True
+        while (taken := next(waiting, None)) is not None:
+            for answer in self._rpc("receive", pickle.dumps((taken.incoming, taken.publications, first))):
+                checksums |= {row: Checksum(*found) for row, found in answer["checksums"].items()}
+            del taken  # and the memory that it holds
+            first = False
+        _refuse_unwritten(self._rpc("finish_receive"))
+        return checksums
 
     async def _take_version(self, version: int) -> None:
         await self._engine.reset_prefix_cache()
         await self._engine.update_weight_version(str(version))
-        await self._engine.resume_generation()
+        if not self._cache_sleeps:
+            await self._engine.resume_generation()
+
+    def probe(self, tokens: Sequence[int]) -> list[float]:
+        """See `GenerationEngine.probe`. A forward pass of vLLM needs its cache."""
+        return self._wait(self._probe(list(tokens)))
 
     async def _probe(self, tokens: list[int]) -> list[float]:
         """Log-probs of `tokens[1:]`. When the caller has paused the engine it is paused again afterwards."""
+        if self._paused:
+            await self._engine.resume_generation()
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -190,9 +216,8 @@ class VllmEngine:
             await self._engine.pause_generation(mode="keep", clear_cache=False)
         return [found.logprobs[start] for start in found.start_indices[1:]]
 
-    def read_back(self, incoming: Sequence[Incoming], publications: Sequence[Publication]) -> list[Difference]:
-        """See `GenerationEngine.read_back`. A CPU's packed experts cannot be read; they are named in the error, after
-        all that can be has been compared."""
+    def read_back(self, incoming: Sequence[Incoming], publications: Sequence[Publication]) -> ReadBack:
+        """See `GenerationEngine.read_back`. A CPU's packed experts cannot be read."""
         refuse_other_storages(self.layout(), incoming)
         answers = self._rpc("read_back", pickle.dumps((list(incoming), list(publications), self._shapes)))
         differences = (
@@ -200,14 +225,8 @@ class VllmEngine:
             for rank, answer in enumerate(answers)
             for parameter, low, high, largest in answer["differences"]
         )
-        found = list(dict.fromkeys(differences))  # a head's plain and packed weight differ alike
-        if answers[0]["unread"] and not found:
-            unread = ", ".join(answers[0]["unread"])
-            raise WeightSyncError(
-                f"rollout.read_back: {unread}: packed for this CPU's kernels, which are not readable; "
-                "the checksums and the probe's log-probs are their proof. All other parameters are as published"
-            )
-        return found
+        # A head's plain and packed weight differ alike.
+        return ReadBack(tuple(dict.fromkeys(differences)), tuple(answers[0]["unread"]))
 
     def _rpc(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
         """What every tensor rank answers. One that answers `error` is named."""
@@ -236,18 +255,33 @@ class VllmEngine:
         self._num_aborts += 1
         await self._engine.abort(list(self._running))
 
-    def sleep(self) -> None:
-        """Give the device's memory back (weights and cache); a CPU engine has nothing to give."""
-        from vllm.platforms import current_platform
+    def sleep(self, keep_weights: bool = False) -> None:
+        """See `GenerationEngine.sleep`. vLLM's level 1 copies weights to the host, 2 drops them. A CPU engine has
+        nothing to give; it only keeps the order."""
+        if self._half_written == ASLEEP:
+            return
+        self._after_sleep, self._half_written = self._half_written if keep_weights else NEW_MEMORY, ASLEEP
+        self._cache_sleeps = True
+        if not _on_cpu():
+            self._wait(self._engine.sleep(level=1 if keep_weights else 2, mode="keep"))
 
-        if not current_platform.is_cpu():
-            self._wait(self._engine.sleep(level=1, mode="keep"))
+    def wake_weights(self) -> None:
+        """See `GenerationEngine.wake_weights`."""
+        if not _on_cpu():
+            self._wait(self._engine.wake_up(tags=["weights"]))
+        if self._half_written == ASLEEP:
+            self._half_written = self._after_sleep
 
-    def wake(self) -> None:
-        from vllm.platforms import current_platform
-
-        if not current_platform.is_cpu():
-            self._wait(self._engine.wake_up())
+    def wake_cache(self) -> None:
+        """See `GenerationEngine.wake_cache`. vLLM takes requests up again by itself; where the caller has paused the
+        engine it is paused again."""
+        self._cache_sleeps = False
+        if not _on_cpu():
+            self._wait(self._engine.wake_up(tags=["kv_cache"]))
+        if self._paused:
+            self._wait(self._engine.pause_generation(mode="keep", clear_cache=False))
+        else:
+            self._wait(self._engine.resume_generation())
 
     def shutdown(self) -> None:
         """End the engine's processes and this engine's thread. May be called twice."""
@@ -265,6 +299,12 @@ class VllmEngine:
         self._engine = None
         if output_handler is not None:
             await asyncio.wait([output_handler])  # it was cancelled; let it end before its loop does
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def _refuse_unwritten(answers: Sequence[Mapping[str, Any]]) -> None:

@@ -5,8 +5,9 @@ tensors that have a shape and no memory, narrows each to the slice it wants befo
 engine learns so too. Here the copies are seen by a dispatch mode, so every loader that only takes views is understood.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridflow.errors import WeightSyncError
 from hybridflow.resharding.boxes import Box
-from workers.generation.slices import View, box_of, merged, view_of
+from workers.generation.slices import View, box_of, in_storage, merged, view_of
 from workers.generation.vllm_names import checkpoint_views
 
 NEVER = 2**62
@@ -29,6 +30,15 @@ class Load:
     parameter: str
     source: View
     held: str
+    place: View
+
+
+@dataclass(frozen=True)
+class Target:
+    """A load as this rank's own storage of the parameter sees it: `source` of the storage to `place` of `held`."""
+
+    held: str
+    source: View
     place: View
 
 
@@ -113,3 +123,27 @@ def unloaded(model: nn.Module, loads: Sequence[Load]) -> Iterator[str]:
     """The engine's own parameters that no load writes."""
     written = {load.held for load in loads}
     return (name for name, _ in model.named_parameters(remove_duplicate=False) if name not in written)
+
+
+def targets_of(loads: Iterable[Load], shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Target]]:
+    """By parameter, where its storage goes; loads of no element are left out."""
+    loads = [load for load in loads if prod(load.source[1])]
+    boxes = boxes_of(loads, shapes)
+    found: dict[str, list[Target]] = {}
+    for load in loads:
+        source = in_storage(shapes[load.parameter], boxes[load.parameter], load.source)
+        found.setdefault(load.parameter, []).append(Target(load.held, source, load.place))
+    return found
+
+
+def as_it_lies(targets: Sequence[Target]) -> int | None:
+    """The storage's first element in the engine's own parameter, where it is a part of that as it is; None where it is
+    spread over it, or goes to several."""
+    where = {(target.held, target.place[0] - target.source[0]) for target in targets}
+    same = all(
+        step == other
+        for target in targets
+        for size, step, other in zip(target.source[1], target.source[2], target.place[2], strict=True)
+        if size > 1
+    )
+    return where.pop()[1] if same and len(where) == 1 else None

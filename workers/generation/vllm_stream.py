@@ -1,130 +1,157 @@
-"""New weights into a live vLLM worker, a parameter at a time.
+"""New weights into a live vLLM worker, straight into its layers' own parameters, a layer at a time.
 
-A worker needs its own slice of each parameter only, but vLLM's loaders cut it from the full one. So the slice is put
-at its place in a tensor of the full shape whose other pages are never touched, and never become memory.
+vLLM reloads a layer by making its parameters anew in the form of a checkpoint, filling them, packing them for the
+device's kernels and copying the result to where the old ones are. Its loaders fill them from full Hugging Face
+parameters; a worker is sent its own slices only, so here these are written to where the loaders would have put them
+(`vllm_loaders.record_loads`). Beside its weights a worker holds one layer as loaded, and once more while it is packed.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybridflow.resharding.boxes import Box, three_axes, volume
 from hybridflow.resharding.incoming import Checksums, Incoming, assemble
 from hybridflow.resharding.layout import dtype_of
-from hybridflow.resharding.published import Publication, mapped
-from workers.generation.slices import place
-from workers.generation.vllm_loaders import Load, abandon_reload, boxes_of
-from workers.generation.vllm_names import checkpoint_views
+from workers.generation.vllm_loaders import Load, Target, abandon_reload, as_it_lies, targets_of
+
+Sources = Mapping[int, Mapping[str, Tensor]]
 
 
-def receive_stream(
-    model_runner: Any,
-    loads: Sequence[Load],
-    shapes: Mapping[str, Sequence[int]],
-    incoming: Incoming,
-    publications: Sequence[Publication],
-) -> dict[str, Any]:
-    """Copy what this rank's part of the plan names out of the publications and load it.
+class Destinations:
+    """What goes where in a worker's model; worked out once. targets: by Hugging Face parameter. in_place:
+    its first element in the one target's own parameter, where its storage is a part of that as it lies; else None.
+    num_loaded: elements that are written of each of the engine's own parameters; what is left is padding."""
 
-    `checksums` of every move as received, and `unwritten`: the engine's own parameters that nothing reached.
-    """
-    checksums: Checksums = {}
-    with mapped(publications) as sources:
-        full = _FullShaped(shapes, boxes_of(loads, shapes))
-        weights = full.stream(incoming, sources, checksums)
-        unwritten = reload(model_runner, weights, _num_loaded(loads))
-    return {"checksums": checksums, "unwritten": unwritten}
+    def __init__(self, loads: Sequence[Load], shapes: Mapping[str, Sequence[int]]) -> None:
+        self.targets = targets_of(loads, shapes)
+        self.in_place = {name: as_it_lies(targets) for name, targets in self.targets.items()}
+        self.num_loaded = dict.fromkeys((load.held for load in loads), 0)
+        for target in (target for targets in self.targets.values() for target in targets):
+            self.num_loaded[target.held] += prod(target.place[1])
+
+    def layers(self, name: str) -> set[str]:
+        return {_layer(target.held) for target in self.targets[name]}
 
 
-class _FullShaped(Mapping[str, Tensor]):
-    """`assemble`'s `into`: memory for one storage after another. A slice of whole rows is filled at its place in the
-    full tensor; another one is filled apart and copied there."""
+def _layer(held: str) -> str:
+    return held.rpartition(".")[0]
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]], boxes: Mapping[str, Sequence[Box]]) -> None:
-        self._shapes, self._boxes = shapes, boxes
-        self._full = torch.empty(0)
-        self._dtypes: dict[str, torch.dtype] = {}
 
-    def stream(
-        self, incoming: Incoming, sources: Mapping[int, Mapping[str, Tensor]], checksums: Checksums
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter in model order, of its full shape, this rank's slice of it filled."""
-        self._dtypes = {filling.storage.name: dtype_of(filling.storage.dtype) for filling in incoming.fillings}
-        assembled = assemble(incoming, sources, into=self)
-        for name, shape in self._shapes.items():
-            if not self._boxes[name]:  # a vocabulary's padding only
-                yield name, torch.empty(tuple(shape), dtype=next(iter(self._dtypes.values())))
-                continue
-            found, flat, sums = next(assembled)
-            assert found == name, f"{found} came in the place of {name}; the engine has checked the order"
-            checksums.update(sums)
-            full, self._full = self._full, torch.empty(0)
-            if flat.untyped_storage().data_ptr() != full.untyped_storage().data_ptr():
-                place(full, self._boxes[name], flat)
+class Reload:
+    """One transfer into a worker, in one or several parts: `take` each, then `finish`. After an error: `abandon`."""
+
+    def __init__(self, model_runner: Any, destinations: Destinations) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._runner, self._destinations = model_runner, destinations
+        self._model: nn.Module = model_runner.get_model()
+        self._awaited: dict[str, set[str]] = {_layer(held): set() for held in destinations.num_loaded}
+        for name in destinations.targets:
+            for layer in destinations.layers(name):
+                self._awaited[layer].add(name)
+        self._open: set[str] = set()
+        self._apart: set[str] = set()
+        self._filled: list[str] = []
+        for module in self._model.modules():
+            method: Any = getattr(module, "quant_method", None)
+            if getattr(method, "moe_kernel", None) is not None:
+                method.moe_kernel = None  # else vLLM keeps the experts' old packed weights, silently
+        initialize_layerwise_reload(self._model)
+
+    @torch.no_grad()
+    def take(self, incoming: Incoming, sources: Sources) -> Checksums:
+        """Fill what this part of the plan names; layers that are complete are packed and in use from now on."""
+        checksums: Checksums = {}
+        into = _Into(self, incoming)
+        for name, flat, sums in assemble(incoming, sources, into=into):
+            checksums |= sums
+            if name in self._apart:
+                for target in self._destinations.targets[name]:
+                    self._held(target).copy_(flat.as_strided(target.source[1], target.source[2], target.source[0]))
             del flat
-            yield name, full
-            del full
+            for layer in self._destinations.layers(name):
+                self._awaited[layer].remove(name)
+                if not self._awaited[layer]:
+                    self._filled.append(layer)
+        self.pack_filled()
+        return checksums
+
+    def memory_for(self, name: str, num_elements: int, dtype: torch.dtype) -> Tensor:
+        """Where a storage is to be filled: in the layer, or apart where it will be spread over it."""
+        self.pack_filled()  # now that what was filled apart is gone
+        for layer in self._destinations.layers(name):
+            self._materialise(layer)
+        found = self._destinations.in_place[name]
+        held = self._parameter(self._destinations.targets[name][0].held)
+        if found is None or held.dtype != dtype:
+            self._apart.add(name)
+            return torch.empty(num_elements, dtype=dtype, device=held.device)
+        return held.view(-1)[found : found + num_elements]
+
+    def _parameter(self, held: str) -> Tensor:
+        return self._model.get_parameter(held).detach()
+
+    def _held(self, target: Target) -> Tensor:
+        offset, size, stride = target.place
+        return self._parameter(target.held).as_strided(size, stride, offset)
+
+    def _materialise(self, layer: str) -> None:
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, materialize_layer
+
+        if layer in self._open:
+            return
+        self._open.add(layer)
+        module = self._model.get_submodule(layer)
+        materialize_layer(module, get_layerwise_info(module))
+        for kind, parameter in module.named_parameters(recurse=False):
+            if self._destinations.num_loaded.get(f"{layer}.{kind}", 0) < parameter.numel():
+                parameter.zero_()
+
+    def pack_filled(self) -> None:
+        from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
+
+        while self._filled:
+            module = self._model.get_submodule(self._filled.pop(0))
+            _layerwise_process(module, get_layerwise_info(module))
+
+    @torch.no_grad()
+    def finish(self) -> list[str]:
+        """The engine's own parameters that nothing reached. Layers without an element to be sent (a vocabulary's
+        padding only) are zero."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        for layer, awaited in self._awaited.items():
+            if layer not in self._open and not awaited:
+                self._materialise(layer)
+                self._filled.append(layer)
+        self.pack_filled()
+        finalize_layerwise_reload(self._model, self._runner.model_config)
+        for reset in (self._runner.reset_lora_state, self._runner.reset_encoder_cache, self._runner.reset_mm_cache):
+            reset()
+        names = {name for name, _ in self._model.named_parameters()}
+        return sorted(name for name in names if self._awaited.get(_layer(name), {name}))
+
+    def abandon(self) -> None:
+        """Every layer that is not complete gets the tensors back that it had."""
+        abandon_reload(self._model, self._runner.model_config)
+
+
+class _Into(Mapping[str, Tensor]):
+    """`assemble`'s `into`: each storage is looked up once, when it is about to be filled."""
+
+    def __init__(self, reload: Reload, incoming: Incoming) -> None:
+        self._reload = reload
+        self._storages = {filling.storage.name: filling.storage for filling in incoming.fillings}
 
     def __getitem__(self, name: str) -> Tensor:
-        shape, boxes, dtype = tuple(self._shapes[name]), self._boxes[name], self._dtypes[name]
-        self._full = torch.empty(shape, dtype=dtype)
-        if len(boxes) == 1 and boxes[0][0][1:] == (0, 0) and boxes[0][1][1:] == three_axes(shape)[1:]:
-            return self._full[boxes[0][0][0] : boxes[0][1][0]]
-        return torch.empty(sum(map(volume, boxes)), dtype=dtype)
+        storage = self._storages[name]
+        return self._reload.memory_for(name, storage.num_elements, dtype_of(storage.dtype))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._dtypes)
+        return iter(self._storages)
 
     def __len__(self) -> int:
-        return len(self._dtypes)
-
-
-def _num_loaded(loads: Iterable[Load]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for load in loads:
-        found[load.held] = found.get(load.held, 0) + prod(load.place[1])
-    return found
-
-
-def reload(
-    model_runner: Any, weights: Iterable[tuple[str, Tensor]], num_loaded: Mapping[str, int] | None = None
-) -> list[str]:
-    """vLLM's reload of these full-shaped weights under Hugging Face names. Answers the engine's own parameters that
-    none reached, which vLLM only logs; so its answer is caught on the way.
-
-    num_loaded: the elements that the loaders write of each of the engine's parameters. vLLM counts them to know when a
-    layer is complete, and would keep a padded one waiting, its weights in memory, until the last has come.
-    """
-    model: nn.Module = model_runner.get_model()
-    load: Any = model.load_weights
-    parameters = {name for name, _ in model.named_parameters()}
-    for module in model.modules():
-        method: Any = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
-            method.moe_kernel = None  # else vLLM keeps the experts' old packed weights, silently
-
-    def declared() -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if num_loaded is not None and parameter.numel() > num_loaded[name]:
-                parameter.weight_loader_numel = num_loaded[name]  # type: ignore[attr-defined]
-        yield from checkpoint_views(model_runner.model_config.hf_config, weights)
-
-    written: set[str] = set()
-
-    def recording(iterator: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loaded = load(iterator)
-        written.update(loaded or ())
-        return loaded
-
-    model.load_weights = recording  # type: ignore[assignment]
-    try:
-        model_runner.reload_weights(weights_iterator=declared())
-    except BaseException:
-        abandon_reload(model, model_runner.model_config)
-        raise
-    finally:
-        del model.load_weights
-    return sorted(parameters - written)
+        return len(self._storages)

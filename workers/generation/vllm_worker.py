@@ -11,9 +11,12 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from hybridflow.errors import WeightSyncError
+from hybridflow.resharding.cuda_ipc import visible_gpus
+from hybridflow.resharding.published import mapped
 from workers.generation.vllm_loaders import Load, boxes_of, record_loads, unloaded
+from workers.generation.vllm_memory import mapped_apart
 from workers.generation.vllm_read_back import read_back
-from workers.generation.vllm_stream import receive_stream
+from workers.generation.vllm_stream import Destinations, Reload
 
 T = TypeVar("T")
 Arguments = ParamSpec("Arguments")
@@ -29,7 +32,7 @@ def _answering(method: Callable[Arguments, dict[str, T]]) -> Callable[Arguments,
             return method(*args, **kwargs)
         except WeightSyncError as error:
             return {"error": str(error)}
-        except Exception as error:
+        except Exception as error:  # raised by the driver's side, which names the rank
             logging.getLogger(__name__).exception("rollout: a call of a vLLM worker failed")
             return {"error": f"{type(error).__name__}: {error}"}
 
@@ -41,26 +44,58 @@ class WeightReceiver:
 
     model_runner: Any
     _loads: list[Load]
+    _destinations: Destinations
+    _reload: Reload | None = None
 
     @_answering
     def slices(self, shapes: dict[str, list[int]]) -> dict[str, Any]:
-        """`boxes`: what this rank loads of each Hugging Face parameter of these shapes."""
+        """`boxes`: what this rank loads of each Hugging Face parameter of these shapes. `gpus`: those it sees."""
         model, config = self.model_runner.get_model(), self.model_runner.model_config
-        self._loads = record_loads(model, config, shapes, config.dtype)
+        with mapped_apart():  # until here they were by `vllm_memory.AT_START`
+            self._loads = record_loads(model, config, shapes, config.dtype)
         left = sorted(unloaded(model, self._loads))
         if left:
             raise WeightSyncError(f"rollout.layout: no Hugging Face parameter is loaded into {', '.join(left)}")
-        return {"boxes": boxes_of(self._loads, shapes), "dtype": str(config.dtype).removeprefix("torch.")}
+        self._destinations = Destinations(self._loads, shapes)
+        dtype = str(config.dtype).removeprefix("torch.")
+        return {"boxes": boxes_of(self._loads, shapes), "dtype": dtype, "gpus": list(visible_gpus())}
 
     @_answering
     def receive(self, message: bytes) -> dict[str, Any]:
-        """message: pickled (Incoming of every tensor rank, publications, shapes). Answers `checksums` by row of the
-        plan, `unwritten` (the engine's own parameters that nothing reached)."""
+        """message: pickled (Incoming of every tensor rank, publications, whether it is the first part of a transfer).
+        Answers `checksums` by row of the plan."""
         from vllm.distributed import get_tensor_model_parallel_rank
 
-        incoming, publications, shapes = pickle.loads(message)
+        incoming, publications, first = pickle.loads(message)
         part = incoming[get_tensor_model_parallel_rank()]
-        return receive_stream(self.model_runner, self._loads, shapes, part, publications)
+        if first:
+            self._abandon()
+        try:
+            with mapped_apart(), mapped(publications) as sources:
+                self._reload = self._reload or Reload(self.model_runner, self._destinations)
+                return {"checksums": self._reload.take(part, sources)}
+        except BaseException:
+            self._abandon()
+            raise
+
+    @_answering
+    def finish_receive(self) -> dict[str, Any]:
+        """Answers `unwritten`: the engine's own parameters that nothing reached."""
+        if self._reload is None:
+            raise WeightSyncError("rollout.receive: no transfer has begun, so there is none to end")
+        try:
+            with mapped_apart():
+                unwritten = self._reload.finish()
+        except BaseException:
+            self._abandon()
+            raise
+        self._reload = None
+        return {"unwritten": unwritten}
+
+    def _abandon(self) -> None:
+        if self._reload is not None:
+            self._reload.abandon()
+        self._reload = None
 
     @_answering
     def read_back(self, message: bytes) -> dict[str, Any]:

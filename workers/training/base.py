@@ -1,6 +1,6 @@
 """What every training engine does. One rank holds one engine; ranks of a group call it together (SPMD)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +10,7 @@ from hybridflow.batch import Batch, Ragged
 from hybridflow.loss import Loss, Output
 from hybridflow.metrics import Metrics
 from hybridflow.resharding.layout import Layout
+from hybridflow.roles import MemoryPart
 
 
 class TrainEngine(Protocol):
@@ -55,12 +56,19 @@ class TrainEngine(Protocol):
 
         Weights that an adapter is merged into are copies, in memory that is the same at every call and is brought up to
         date by the call alone: call before every transfer, on all ranks (ZeRO 3 gathers such a layer at a time). After
-        `offload` and `onload` on a CUDA device the tensors are others."""
+        `offload` of the weights and `onload` the memory is other memory."""
         ...
 
-    def offload(self) -> None: ...
+    def offload(self, parts: Collection[MemoryPart]) -> None:
+        """Give this memory of the rank's device back until `onload`: from a GPU to the host's memory, from the host's
+        memory to a file. Gradients go nowhere: after a step nothing reads them. Work that needs what is away raises
+        HybridFlowError: `forward` needs the weights, `train`, `save` and `load` need all. Training goes on bit by bit
+        as if nothing had been away."""
+        ...
 
-    def onload(self) -> None: ...
+    def onload(self) -> None:
+        """Take back what is away, if anything."""
+        ...
 
     def save(self, folder: Path) -> None:
         """Weights that train, optimizer, scheduler and RNG of all ranks into `folder` (exists; shared by the ranks)."""

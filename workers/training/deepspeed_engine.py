@@ -14,9 +14,10 @@ from torch import Tensor
 
 from hybridflow.batch import Batch
 from hybridflow.controller.coordinates import Coordinates
-from hybridflow.errors import CheckpointError, HybridFlowError
+from hybridflow.errors import CheckpointError
 from hybridflow.loss import Loss
 from hybridflow.metrics import Metrics
+from hybridflow.roles import MemoryPart
 from workers.training.device import backend, join_process_group
 from workers.training.engine import DataParallelEngine, Work
 from workers.training.layout_reader import LayoutReader
@@ -28,6 +29,10 @@ from workers.training.settings import EngineSettings
 from workers.training.tensor_parallel import TensorGroup, refuse_model, refuse_settings, tensor_parallel_config
 
 _TAG = "deepspeed"
+_MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
+_GRADIENTS = ("grad_partitions_flat_buffer", "fp32_groups_gradients_flat")
+"""Where DeepSpeed's optimizers keep float32 masters (ZeRO 1 and 2, ZeRO 3, ZeRO 1 with bfloat16) and gradients beyond a
+step."""
 
 
 def deepspeed_config(settings: EngineSettings, tensor: int = 1) -> dict[str, Any]:
@@ -186,25 +191,25 @@ class DeepSpeedEngine(DataParallelEngine):
             found = {name: tensor.detach() for name, tensor in read().items()}
             return {name: self.tensor_group.whole(name, tensor).clone() for name, tensor in found.items()}
 
-    def offload(self) -> None:
-        """States to the CPU's memory between phases (DeepSpeed can do so under ZeRO 3 alone). Nothing on a CPU."""
-        if self.device.type == "cpu":
-            return
-        if self.settings.zero_stage < 3:
-            raise HybridFlowError(
-                f"engine=deepspeed: zero_stage={self.settings.zero_stage} cannot be offloaded between phases; use "
-                "zero_stage=3, or engine=torch"
-            )
-        self.engine.offload_states()
-
-    def onload(self) -> None:
-        if self.device.type != "cpu":
-            self.engine.reload_states()
+    def _memory(self, part: MemoryPart) -> list[Tensor]:
+        """See `DataParallelEngine._memory`. ZeRO has masters and gradients in flat buffers of its own, of which the
+        parameters' are views; the names are DeepSpeed's, stage 1 and 2 have some and stage 3 others."""
+        held = list(self.scorer.parameters())
+        if part == "weights":
+            return [*held, *(p.ds_tensor for p in held if hasattr(p, "ds_tensor"))]
+        if not self.trainable:
+            return []
+        zero = self.engine.optimizer
+        if part == "gradients":
+            return [*(p.grad for p in held if p.grad is not None), *_buffers(zero, _GRADIENTS)]
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [*_buffers(zero, _MASTERS), *(value for value in states if isinstance(value, Tensor))]
 
     def save(self, folder: Path) -> None:
         """See `TrainEngine.save`. A frozen model has nothing to save."""
         if not self.trainable:
             return
+        self.refuse_offloaded("save")
         self.engine.save_checkpoint(
             str(folder), tag=_TAG, client_state={"steps": self.steps}, save_latest=False,
             exclude_frozen_parameters=self.scorer.adapter is not None,
@@ -222,6 +227,7 @@ class DeepSpeedEngine(DataParallelEngine):
         """Same ZeRO stage, dtype and numbers of ranks as when saved; raises CheckpointError otherwise."""
         if not self.trainable:
             return
+        self.refuse_offloaded("load")
         if not (folder / "deepspeed.json").is_file():
             raise CheckpointError(f"{folder}: no deepspeed.json; a checkpoint of engine=deepspeed has one")
         saved = json.loads((folder / "deepspeed.json").read_text())
@@ -236,6 +242,13 @@ class DeepSpeedEngine(DataParallelEngine):
         )  # fmt: skip
         self.steps = client_state["steps"]
         load_rng(folder, self.coordinates.rank, self.device)
+
+
+def _buffers(optimizer: Any, names: Sequence[str]) -> list[Tensor]:
+    """Those of these attributes that it has: tensors, or lists of them."""
+    found = [getattr(optimizer, name, None) for name in names]
+    listed = [one if isinstance(one, list) else [one] for one in found]
+    return [tensor for one in listed for tensor in one if tensor is not None]
 
 
 def _load_what_trains(src: Mapping[str, Tensor], dst: torch.nn.Module) -> None:

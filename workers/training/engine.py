@@ -1,11 +1,11 @@
 """What the torch and the DeepSpeed engine share: rows to micro-batches, outputs back to rows, and the weighted loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from hybridflow.errors import HybridFlowError, NonFiniteError
 from hybridflow.loss import Loss, Output
 from hybridflow.metrics import Metric, Metrics, merge
 from hybridflow.resharding.layout import Layout
+from hybridflow.roles import MemoryPart
 from workers.training.device import refuse_model_parallel, training_device
 from workers.training.layout_reader import LayoutReader
 from workers.training.microbatch import (
@@ -26,10 +27,13 @@ from workers.training.microbatch import (
     training_micro_batches,
 )
 from workers.training.modeling import ModelKind, Scorer, load_scorer
+from workers.training.offload import Stash, memories
 from workers.training.optimizer import learning_rate
 from workers.training.settings import EngineSettings
 
 Work = tuple[MicroBatch, Batch, Loss]
+
+WEIGHTS: tuple[MemoryPart, ...] = ("weights",)
 
 
 class DataParallelEngine(ABC):
@@ -46,6 +50,7 @@ class DataParallelEngine(ABC):
         self.coordinates = coordinates
         self.device = training_device()
         self.steps = 0
+        self._stashes = {part: Stash(self.device, keeps=part != "gradients") for part in get_args(MemoryPart)}
         self.scorer: Scorer = load_scorer(folder, settings, kind).to(self.device)
         if settings.compile:
             self.scorer.compile_layers()
@@ -69,11 +74,13 @@ class DataParallelEngine(ABC):
 
     def train(self, parts: Sequence[tuple[Batch, Loss]]) -> Metrics:
         """See `TrainEngine.train`."""
+        self.refuse_offloaded("train")
         return self.apply(*self.accumulate(parts))
 
     @torch.no_grad()
     def forward(self, batch: Batch, outputs: Sequence[Output], temperature: float) -> dict[str, Ragged]:
         """See `TrainEngine.forward`."""
+        self.refuse_offloaded("forward", WEIGHTS)
         self.scorer.check(outputs)
         tokens = batch.ragged("tokens")
         count = tokens.flat.shape[0]
@@ -159,6 +166,7 @@ class DataParallelEngine(ABC):
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """See `TrainEngine.state_dict`. Live weights, not copies, but for those that an adapter is merged into."""
+        self.refuse_offloaded("state_dict", WEIGHTS)
         return self.whole(self.scorer.weights)
 
     @cached_property
@@ -171,7 +179,39 @@ class DataParallelEngine(ABC):
 
     def storages(self) -> Mapping[str, Tensor]:
         """See `TrainEngine.storages`."""
+        self.refuse_offloaded("storages", WEIGHTS)
         return self.reader.storages()
+
+    @abstractmethod
+    def _memory(self, part: MemoryPart) -> list[Tensor]:
+        """Tensors on the memory of this part; the optimizer's may hold memory of the weights as well."""
+
+    def offload(self, parts: Collection[MemoryPart]) -> None:
+        """See `TrainEngine.offload`."""
+        if "weights" in parts and self.device.type == "cpu":
+            raise HybridFlowError(
+                "offload: weights in the host's memory stay: the engines map them there. Leave `weights` out of "
+                "schedule.offload for roles without a GPU"
+            )
+        kept = {memory.data_ptr() for memory in memories(self._memory("weights"))}
+        for part in sorted(parts):  # weights last: the optimizer's are told apart from them
+            tensors = self._memory(part)
+            if part != "weights":
+                tensors = [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in kept]
+            self._stashes[part].put(tensors)
+
+    def onload(self) -> None:
+        """See `TrainEngine.onload`."""
+        for stash in self._stashes.values():
+            stash.take_back()
+
+    def refuse_offloaded(self, work: str, parts: Collection[MemoryPart] = get_args(MemoryPart)) -> None:
+        away = [part for part in parts if self._stashes[part].num_bytes]
+        if away:
+            raise HybridFlowError(
+                f"training: {work} needs the {' and '.join(away)} of rank {self.coordinates.rank}, which are "
+                "offloaded: call onload first, or leave them out of schedule.offload"
+            )
 
     def export(self, folder: Path) -> None:
         """See `TrainEngine.export`."""

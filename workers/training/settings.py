@@ -88,6 +88,20 @@ class LoraSettings(Settings):
         return found + ([text] if odd else [])
 
 
+_SAID_ELSEWHERE = {
+    "gradient_clipping": "max_grad_norm",
+    "tensor_parallel": "placement.roles.<role>.tensor",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "train_batch_size": "tokens_per_micro_batch",
+    "train_micro_batch_size_per_gpu": "tokens_per_micro_batch",
+    "gradient_accumulation_steps": "tokens_per_micro_batch",
+}
+"""Keys of DeepSpeed's configuration that one of this project's settings decides."""
+
+
 class EngineSettings(Settings):
     """One training engine.
 
@@ -126,6 +140,10 @@ class EngineSettings(Settings):
             raise ValueError(
                 "zero_stage=0 with dtype=bfloat16 would sum gradients in bfloat16; use zero_stage=1, 2 or 3"
             )
+        for key, ours in {**_SAID_ELSEWHERE, "zero_optimization.stage": "zero_stage"}.items():
+            section, _, name = key.rpartition(".")
+            if name in (self.deepspeed.get(section, {}) if section else self.deepspeed):
+                raise ValueError(f"deepspeed.{key}: {ours} says it, for all that must agree with it; set that instead")
         if self.name == "deepspeed" and self.compile and self.zero_stage == 3:
             raise ValueError("compile=true does not work with zero_stage=3; use zero_stage=0, 1 or 2, or compile=false")
         return self

@@ -14,6 +14,7 @@ from hybridflow.controller.coordinates import Coordinates
 from hybridflow.errors import CheckpointError
 from hybridflow.loss import Loss
 from hybridflow.metrics import Metrics
+from hybridflow.roles import MemoryPart
 from workers.training.device import join_process_group
 from workers.training.engine import DataParallelEngine
 from workers.training.microbatch import MicroBatch
@@ -112,33 +113,22 @@ class TorchEngine(DataParallelEngine):
         """See `DataParallelEngine.whole`."""
         return {name: tensor.detach() for name, tensor in read().items()}
 
-    def offload(self) -> None:
-        """To the CPU's memory; nothing happens where that is where the model is."""
-        self._move(torch.device("cpu"))
-
-    def onload(self) -> None:
-        self._move(self.device)
-
-    def _move(self, device: torch.device) -> None:
-        if next(self.scorer.parameters()).device.type == device.type:
-            return
-        self.scorer.to(device)
+    def _memory(self, part: MemoryPart) -> list[Tensor]:
+        """See `DataParallelEngine._memory`. Float32 weights are their own masters."""
+        if part == "weights":
+            return list(self.scorer.parameters())
         if not self.trainable:
-            return
-        for name, master in self.masters.items():
-            if master is not self.parameters[name]:
-                master.data = master.data.to(device)
-            master.grad = None
-        self._attach_gradients()
-        for state in self.optimizer.state.values():
-            for key, value in state.items():
-                if isinstance(value, Tensor) and key != "step":
-                    state[key] = value.to(device)
+            return []
+        if part == "gradients":
+            return [self.flat_grad]
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [*self.masters.values(), *(value for value in states if isinstance(value, Tensor))]
 
     def save(self, folder: Path) -> None:
         """See `TrainEngine.save`. A frozen model has nothing to save."""
         if not self.trainable:
             return
+        self.refuse_offloaded("save")
         save_rng(folder, self.coordinates.rank, self.device)
         if self.coordinates.rank == 0:
             weights = {name: master.detach() for name, master in self.masters.items()}
@@ -151,6 +141,7 @@ class TorchEngine(DataParallelEngine):
         saved RNG keeps its own."""
         if not self.trainable:
             return
+        self.refuse_offloaded("load")
         if not (folder / "engine.pt").is_file():
             raise CheckpointError(f"{folder}: no engine.pt; a checkpoint of engine=torch has one")
         state = torch.load(folder / "engine.pt", map_location=self.device)

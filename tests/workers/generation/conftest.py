@@ -107,6 +107,17 @@ def cut_engine(untied: TinyModel) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    folder = tmp_path_factory.mktemp("llama")
+    return TinyModel(folder, save_folder(folder, "Llama", tie_word_embeddings=False))
+
+
+@pytest.fixture(scope="session")
+def llama_engine(llama: TinyModel) -> Iterator[Any]:
+    yield from _cut_engine(llama.folder, num_ranks=1)
+
+
+@pytest.fixture(scope="session")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     folder = tmp_path_factory.mktemp("mixture")
     return TinyModel(folder, save_folder(folder, "Mixtral", num_local_experts=4))
@@ -118,12 +129,12 @@ def mixture_engine(mixture: TinyModel) -> Iterator[Any]:
     yield from _cut_engine(mixture.folder)
 
 
-def _cut_engine(folder: Path) -> Iterator[Any]:
+def _cut_engine(folder: Path, num_ranks: int = 2) -> Iterator[Any]:
     pytest.importorskip("vllm", reason="vLLM is an optional extra")
     from workers.generation.settings import RolloutSettings
     from workers.generation.vllm_engine import VllmEngine
 
-    engine = VllmEngine(folder, RolloutSettings(kv_cache_gib=0.1, max_num_seqs=8, tensor_parallel_size=2))
+    engine = VllmEngine(folder, RolloutSettings(kv_cache_gib=0.1, max_num_seqs=8, tensor_parallel_size=num_ranks))
     yield engine
     engine.shutdown()
 

@@ -158,7 +158,7 @@ def test_new_weights_are_used_and_proven(engine, tied):
     expected_TV = other.logprobs(PROBE[:1], PROBE[1:])
     expected_T = expected_TV[torch.arange(len(PROBE) - 1), PROBE[1:]].tolist()
     got.prove(expected_T)
-    assert got.differences() == []
+    assert got.differences() == ()
     after = draw(engine, wanted)
     assert all(set(sample.versions) == {7} for sample in after.values())
     assert any(after[i].tokens != before[i].tokens for i in after)

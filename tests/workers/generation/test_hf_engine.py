@@ -78,7 +78,7 @@ def test_a_float32_head_under_a_bfloat16_model(tied):
     engine = HfEngine(tied.folder, RolloutSettings(engine="hf", dtype="bfloat16", float32_head=True))
     other = tied.perturbed(seed=4)
     weights = {name: tensor.bfloat16() for name, tensor in other.weights().items()}
-    assert deliver(engine, other.model, 1, [1, 2]).differences() == []
+    assert deliver(engine, other.model, 1, [1, 2]).differences() == ()
     hidden = torch.randn(5, 128).bfloat16()
     with torch.no_grad():
         found = engine._model.lm_head(hidden)

@@ -101,11 +101,13 @@ def test_weights_come_as_planned_and_serve_once_they_are_trusted(worker, request
     route = plan_route([RankLayout(held, wanted.node)], [wanted], bucket_bytes=100_000)
     assert route.transport == PublishedMemory()
     offer = transport.offer(route.outgoing[0], weights, store)
-    receipt = worker.receive(Delivery(1, route.incoming[0], transport, (offer,), tuple(probe)))
+    worker.take_route(route.incoming[0], transport)
+    receipt = worker.receive(Delivery(1, (offer,), tuple(probe)))
 
     exact = other.logprobs(probe[:1], probe[1:])[torch.arange(3), probe[1:]].tolist()
     verify(route.plan, expected_checksums(route.outgoing[0], weights), exact, [receipt], tolerance=1e-4)
     with pytest.raises(WeightSyncError, match="weights of version 1 are not proven yet"):
         next(worker.generate(requests))
+    assert worker.read_back((transport.offer(route.outgoing[0], weights, store),)).differences == ()
     worker.trust()
     assert set(next(worker.generate(requests)).ragged("versions").flat.tolist()) == {-1, 1}

@@ -14,6 +14,7 @@ from hybridflow.resharding.layout import Layout, Parameter
 from hybridflow.resharding.plan import Plan, make_plan, validate
 from hybridflow.resharding.proofs import Receipt, verify
 from hybridflow.resharding.published import Publication, publish
+from hybridflow.resharding.transport import Taken
 from workers.generation.slices import layout_of, merged
 
 
@@ -81,15 +82,22 @@ class Delivered:
     def prove(self, logprobs: Sequence[float], tolerance: float = 1e-4) -> None:
         verify(self.plan, self.trainer.expected(self.plan), logprobs, [self.receipt], tolerance)
 
-    def differences(self) -> list[Any]:
-        return self.engine.read_back(incoming(self.plan), self.trainer.publications)
+    def differences(self) -> tuple[Any, ...]:
+        return self.engine.read_back(incoming(self.plan), self.trainer.publications).differences
 
 
 def deliver(engine: Any, model: Any, version: int, probe: Sequence[int]) -> Delivered:
     """The weights of a Hugging Face model into the engine."""
     trainer = Trainer(model)
     plan = trainer.plan(engine)
-    return Delivered(engine, trainer, plan, engine.receive(version, incoming(plan), trainer.publications, probe))
+    return Delivered(engine, trainer, plan, receive(engine, version, incoming(plan), trainer.publications, probe))
+
+
+def receive(
+    engine: Any, version: int, parts: Sequence[Incoming], publications: Sequence[Publication], probe: Sequence[int]
+) -> Receipt:
+    """All in one part."""
+    return engine.receive(version, parts, [Taken(tuple(parts), tuple(publications))], probe)
 
 
 def incoming(plan: Plan) -> list[Incoming]:
