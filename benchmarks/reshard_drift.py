@@ -183,7 +183,7 @@ class Drift:
             move = float((after - before).abs().max())
             before = after
             for sync, found in zip(self.syncs, self.found, strict=True):
-                sync.use(sync.route())  # the actor's ranks know one route at a time
+                self.turn_to(sync)
                 sync.probe = random_text(self.generator)
                 found.probes.append(sync.sync()["sync/probe_difference_max"].value)
                 found.moves.append(move)
@@ -191,8 +191,13 @@ class Drift:
             found.sampled = self.sampled(sync.rollout)
             found.read_back = self.read_back(sync)
 
-    def read_back(self, sync: PolicySync) -> str:
+    def turn_to(self, sync: PolicySync) -> None:
+        """The actor's ranks know one route at a time, and here they feed four sets of engines."""
+        sync._used = None
         sync.use(sync.route())
+
+    def read_back(self, sync: PolicySync) -> str:
+        self.turn_to(sync)
         try:
             unread = sync.read_back()
         except WeightSyncError as error:

@@ -71,7 +71,7 @@ def shard_bytes(layout: Layout) -> int:
 
 def _moved(policy: PolicySync, transport: Transport) -> tuple[int, int]:
     """(bytes that left the sources, bytes that the engines' checksums prove) of one sync."""
-    policy.use(replace(policy.route(), transport=transport))
+    policy._route = replace(policy.route(), transport=transport)
     came = int(policy.sync()["sync/bytes"].value)
     packed = [offer.num_bytes for offer in policy.actor.offer().result() if isinstance(offer, Packed)]
     return sum(packed) if packed else came, came

@@ -6,7 +6,8 @@ The real thing: a DeepSpeed actor on Ray, vLLM engines, `PolicySync`; a Qwen2 of
 with random weights, an optimizer step before every sync. Each process's private memory (RssAnon) and shared memory of
 its own making (blocks of `/dev/shm/torch_<its pid>_*`) are sampled from outside every few milliseconds. `first` is the
 first sync's most above what the process held when it began, `later` the same of the others (for the engine's
-processes, which do nothing else, above what they held before the first), `grown` what is left of it at the end.
+processes, which do nothing else, above what they held before the first), `left` what is left of it at the end.
+`route` is what moving a training rank's weights into shared memory takes, once, before the first optimizer step.
 
 Bars: a bucket and 10 % in a training rank and in the engine's host; in vLLM's processes twice the largest layer more.
 The trainer's proof runs the model on the probe: what that takes by itself is measured beside, as `forward`, and taken
@@ -19,7 +20,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from hybridflow.controller.coordinates import Shape
 from hybridflow.controller.dispatch import dispatch
 from hybridflow.controller.ray_runtime import RayRuntime
 from hybridflow.resharding.transport import PublishedMemory, ThroughStore, Transport
-from hybridflow.schedule.policy_sync import PolicySync
+from hybridflow.schedule.policy_sync import PolicySync, plan_route
 from workers.actor import ActorWorker
 from workers.generation.settings import RolloutSettings
 from workers.rollout import RolloutWorker
@@ -116,7 +117,7 @@ def vllm_processes(host: int) -> dict[str, int]:
             except OSError:
                 continue
             parents.setdefault(int(fields[1]), []).append(int(folder.name))
-    found, waiting = {}, [host]
+    found, waiting = dict[str, int](), [host]
     while waiting:
         for child in parents.get(waiting.pop(), []):
             waiting.append(child)
@@ -178,6 +179,14 @@ class Bench:
         batch = Batch({**rows, "loss_weight": torch.full((4,), 1 / 124, dtype=torch.float64)})
         self.actor.update(BatchRef.put(batch, self.runtime.store), SupervisedLoss()).result()
 
+    def route_made(self, transport: Transport) -> Peaks:
+        sources, engines = self.actor.layout().result(), self.rollout.layout().result()
+        route = replace(plan_route(sources, engines, self.bucket_bytes), transport=transport)
+        with Peaks(self.trainers) as peaks:
+            self.policy._route = route
+            self.policy.use(route)
+        return peaks
+
     def forward(self) -> Peaks:
         """What the trainer's pass over the probe takes without a sync."""
         rows = BatchRef.put(Batch({"tokens": Ragged.from_rows([PROBE] * 2, torch.int64)}), self.runtime.store)
@@ -196,26 +205,27 @@ class Bench:
 
 def report(bench: Bench, label: str, transport: Transport, num_syncs: int) -> float:
     """Prints a line a process; the least bar over extra."""
-    bench.policy.use(replace(bench.policy.route(), transport=transport))
+    prepared = bench.route_made(transport)
     bench.update()
     forward = bench.forward()
-    found = []
+    found: list[Peaks] = []
     for _ in range(num_syncs):
         found.append(bench.synced())
         bench.update()
     least = float("inf")
     for name in bench.trainers | bench.engine:
-        alone = forward.extra(name) if name in bench.trainers else 0
-        since: Callable[[Peaks], int] = lambda peaks, name=name: (
-            peaks.extra(name) if name in bench.trainers else peaks.most[name] - found[0].start[name]
-        )
-        first, later = (max(0, since(found[0]) - alone), max(0, max(map(since, found[1:])) - alone))
-        grown = found[-1].end[name] - found[0].start[name]
-        share = bench.bar(name) / max(first, later, 1)
+        alone, beside = 0, ""
+        if name in bench.trainers:
+            alone = forward.extra(name)
+            beside = f"forward {alone / MIB:5.1f}  route {prepared.extra(name) / MIB:6.1f}"
+        starts = [peaks.start[name] if name in bench.trainers else found[0].start[name] for peaks in found]
+        extra = [max(0, peaks.most[name] - start - alone) for peaks, start in zip(found, starts, strict=True)]
+        left = found[-1].end[name] - starts[-1]
+        share = bench.bar(name) / max(*extra, 1)
         least = min(least, share)
         print(
-            f"{label:<24} {name:<22} first {first / MIB:6.1f}  later {later / MIB:6.1f}  grown {grown / MIB:6.1f}  "
-            f"forward {alone / MIB:5.1f}  bar {bench.bar(name) / MIB:6.1f} MiB{'  MISSED' if share < 1 else ''}",
+            f"{label:<24} {name:<22} first {extra[0] / MIB:6.1f}  later {max(extra[1:]) / MIB:6.1f}  left "
+            f"{left / MIB:6.1f}  {beside}  bar {bench.bar(name) / MIB:6.1f} MiB{'  MISSED' if share < 1 else ''}",
             flush=True,
         )
     return least

@@ -262,7 +262,9 @@ def worker_arguments(config: RunConfig, name: str, model: Model) -> Mapping[str,
     instance = config.instance(name)
     assert instance is not None, f"{name}: checked with the configuration"
     if instance.type == "rollout":
-        return {"model_folder": str(model.folder), "settings": config.rollout, "tokenizer": model.tokenizer_name}
+        lora = {"lora": config.actor.engine.lora} if config.has_adapter("actor") else {}  # type: ignore[attr-defined]
+        own = {"model_folder": str(model.folder), "settings": config.rollout, "tokenizer": model.tokenizer_name}
+        return {**own, **lora}
     if instance.type == "reward":
         return {"settings": instance.reward, "tokenizer": model.tokenizer_name}
     folder = {"model_folder": str(model.own.get(name, model.folder)), "settings": instance.engine}

@@ -29,17 +29,18 @@ class ActorWorker(LanguageModelWorker):
     def layout(self) -> RankLayout:
         """What this rank holds of the policy, and where."""
         device = next(iter(self.engine.storages().values())).device
-        return RankLayout.here(self.engine.layout(), device.type, (gpu_of(device),) if device.type == "cuda" else ())
+        gpus = (gpu_of(device),) if device.type == "cuda" else ()
+        return RankLayout.here(self.engine.layout(), device.type, gpus, fixed=self.engine.fixed())
 
     @dispatch("ALL_TO_ALL")
     def take_route(self, outgoing: Outgoing, transport: Transport) -> None:
-        """What leaves this rank at every sync, and how."""
+        """What leaves this rank at every sync from now on, and how."""
         self._outgoing, self._transport = outgoing, transport
+        transport.prepare(outgoing, self.engine.storages())
 
     @dispatch("ONE_TO_ALL")
     def offer(self) -> Offer:
-        """Make what leaves this rank readable for the engines. Every rank takes part: merging an adapter into sharded
-        weights is collective."""
+        """Make what leaves this rank readable for the engines."""
         self._offered = self.engine.storages()
         return self._transport.offer(self._outgoing, self._offered, self.context.store)
 

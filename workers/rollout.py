@@ -19,14 +19,17 @@ from hybridflow.spans import span
 from workers.generation.base import GenerationEngine, Request, Sample, Sampling
 from workers.generation.interruption import generate_interrupted
 from workers.generation.settings import RolloutSettings
+from workers.training.settings import LoraSettings
 
 
-def build_engine(folder: Path, settings: RolloutSettings, replica: int) -> GenerationEngine:
+def build_engine(
+    folder: Path, settings: RolloutSettings, replica: int, lora: LoraSettings | None = None
+) -> GenerationEngine:
     """The engine that the settings name. Imported only now: a run with `engine=hf` needs no vLLM."""
     if settings.engine == "hf":
         from workers.generation.hf_engine import HfEngine
 
-        return HfEngine(folder, settings, replica)
+        return HfEngine(folder, settings, replica, lora)
     try:
         import vllm  # noqa: F401
     except ImportError as error:
@@ -36,15 +39,20 @@ def build_engine(folder: Path, settings: RolloutSettings, replica: int) -> Gener
         ) from error
     from workers.generation.vllm_engine import VllmEngine
 
-    return VllmEngine(folder, settings, replica)
+    return VllmEngine(folder, settings, replica, lora)
 
 
 class RolloutWorker(Worker):
     """A rank is one replica: requests are split over ranks, weights go to all of them. `tokenizer`: `char`, `byte`, a
-    folder or hub id; None is the model folder's own."""
+    folder or hub id; None is the model folder's own. lora: of the adapter that the actor trains, if any."""
 
     def __init__(
-        self, context: WorkerContext, model_folder: str, settings: RolloutSettings, tokenizer: str | None = None
+        self,
+        context: WorkerContext,
+        model_folder: str,
+        settings: RolloutSettings,
+        tokenizer: str | None = None,
+        lora: LoraSettings | None = None,
     ) -> None:
         super().__init__(context)
         self.settings = settings
@@ -52,7 +60,7 @@ class RolloutWorker(Worker):
         self._unproven = ""
         texts = {s.interruption.text for s in (settings.sampling, settings.validation) if s.interruption is not None}
         self._forced = {text: continuation_ids(load_tokenizer(tokenizer, model_folder), text) for text in texts}
-        self.engine = build_engine(Path(model_folder), settings, replica=context.coordinates.rank)
+        self.engine = build_engine(Path(model_folder), settings, context.coordinates.rank, lora)
 
     @dispatch("DP_PROTO", stream=True, needs=("prompt_tokens", "group", "seed"))
     def generate(self, requests: BatchRef, sampling_name: Literal["train", "validate"] = "train") -> Iterator[Batch]:
@@ -87,11 +95,12 @@ class RolloutWorker(Worker):
     @dispatch("ONE_TO_ALL")
     def layout(self) -> RankLayout:
         """What the engine's tensor ranks must be given, and where they are."""
-        return RankLayout.here(self.engine.layout(), gpus=self.engine.visible_gpus())
+        together = tuple(frozenset(names) for names in self.engine.together())
+        return RankLayout.here(self.engine.layout(), gpus=self.engine.visible_gpus(), together=together)
 
     @dispatch("ALL_TO_ALL")
     def take_route(self, incoming: tuple[Incoming, ...], transport: Transport) -> None:
-        """What each of the engine's tensor ranks gets at every sync, and how."""
+        """What each of the engine's tensor ranks gets at every sync from now on, and how."""
         self._incoming, self._transport = incoming, transport
 
     @dispatch("ONE_TO_ALL")

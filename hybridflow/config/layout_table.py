@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from hybridflow.config.memory import Held, generation_cuts, held
+from hybridflow.config.memory import Held, actor_adapter, generation_cuts, held
 from hybridflow.config.model_numbers import DECODERS, decoder_of, role_facts
 from hybridflow.config.run_config import RunConfig
-from hybridflow.resharding.decoder import decoder_specs
+from hybridflow.resharding.decoder import Decoder, EngineCuts, adapter_specs, decoder_specs
 from hybridflow.resharding.layout import Layout, dtype_of
 from hybridflow.resharding.plan import make_plan
-from hybridflow.resharding.shards import Zero, build_layout, grid
+from hybridflow.resharding.shards import Spec, Zero, build_layout, grid
 
 PHASES = ("training", "transition", "generation")
 COLUMNS = ("weights", "gradients", "optimizer", "cache")
@@ -17,12 +17,14 @@ COLUMNS = ("weights", "gradients", "optimizer", "cache")
 @dataclass(frozen=True)
 class Reshard:
     """Bytes from the actor's ranks to the workers of all rollout engines. gather: what moves where every rank of the
-    actor gathers the whole model and every worker is handed it."""
+    actor gathers the whole model and every worker is handed it. later: at every sync but the first, where the actor
+    trains an adapter and the other weights stay in place; it has no gather of its own."""
 
     sent: dict[int, int]
     received: dict[int, int]
     total: int
     gather: int
+    later: "Reshard | None" = None
 
 
 def layout_table(config: RunConfig, roles: tuple[str, ...], product: str) -> str:
@@ -59,7 +61,12 @@ def reshard(config: RunConfig) -> Reshard | None:
     plan = make_plan(source, destination)
     model = source.num_bytes
     gathered = len(source.ranks) * model - sum(_piece_bytes(source))
-    return Reshard(plan.bytes_sent, plan.bytes_received, plan.total_bytes, gathered + len(destination.ranks) * model)
+    gather, later = gathered + len(destination.ranks) * model, None
+    if actor_adapter(config) is not None:
+        names = [name for name in source.index_of if ".lora_" in name]
+        part = make_plan(source.only(names), destination.only(names))
+        later = Reshard(part.bytes_sent, part.bytes_received, part.total_bytes, 0)
+    return Reshard(plan.bytes_sent, plan.bytes_received, plan.total_bytes, gather, later)
 
 
 def source_layout(config: RunConfig) -> Layout | None:
@@ -70,7 +77,7 @@ def source_layout(config: RunConfig) -> Layout | None:
         return None
     shards = getattr(engine, "name", "torch") == "deepspeed" and getattr(engine, "zero_stage", 0) == 3
     mesh = grid(shape.pipeline, shape.tensor, shape.data)
-    return build_layout(decoder_specs(decoder), mesh, Zero(3 if shards else 0))
+    return build_layout(_specs(config, decoder, EngineCuts()), mesh, Zero(3 if shards else 0))
 
 
 def destination_layout(config: RunConfig) -> Layout | None:
@@ -79,7 +86,13 @@ def destination_layout(config: RunConfig) -> Layout | None:
     if decoder is None:
         return None
     mesh = grid(tensor=config.bundles_per_rank("rollout"), data=config.ranks("rollout"))
-    return build_layout(decoder_specs(decoder, generation_cuts(config)), mesh)
+    return build_layout(_specs(config, decoder, generation_cuts(config)), mesh)
+
+
+def _specs(config: RunConfig, decoder: Decoder, cuts: EngineCuts) -> list[Spec]:
+    lora = actor_adapter(config)
+    adapter = [] if lora is None else adapter_specs(decoder, lora.rank, lora.target_modules, cuts)
+    return decoder_specs(decoder, cuts) + adapter
 
 
 def _piece_bytes(layout: Layout) -> list[int]:
@@ -109,10 +122,18 @@ def _reshard_lines(moves: Reshard) -> list[str]:
         low, high = min(found.values()), max(found.values())
         return size_text(high) if low == high else f"{size_text(low)} to {size_text(high)}"
 
+    def parts(found: Reshard) -> str:
+        return (
+            f"{size_text(found.total)}: each of {len(found.sent)} ranks sends {span(found.sent)}, each of "
+            f"{len(found.received)} workers receives {span(found.received)};"
+        )
+
     times = f", {moves.gather / moves.total:.2f} times as much" if moves.total else ""
+    later = [] if moves.later is None else [f"then, at each sync, its adapter alone, {parts(moves.later)}"]
+    once = "" if moves.later is None else "once "
     return [
-        f"resharding actor -> rollout moves {size_text(moves.total)}: each of {len(moves.sent)} ranks sends "
-        f"{span(moves.sent)}, each of {len(moves.received)} workers receives {span(moves.received)};",
+        f"resharding actor -> rollout moves {once}{parts(moves)}",
+        *later,
         f"gathering everything would move {size_text(moves.gather)}{times}",
     ]
 

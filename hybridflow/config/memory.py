@@ -11,10 +11,10 @@ from typing import Any
 
 from hybridflow.config.model_numbers import decoder_of, role_facts
 from hybridflow.config.phases import engines_sleep, offloaded, on_gpus
-from hybridflow.config.placement_checks import VLLM_VOCABULARY_MULTIPLE
+from hybridflow.config.placement_checks import VLLM_LORA_RANKS, VLLM_VOCABULARY_MULTIPLE
 from hybridflow.config.run_config import MODEL_TYPES, RunConfig
 from hybridflow.resharding.cuts import shard
-from hybridflow.resharding.decoder import Decoder, EngineCuts, decoder_specs
+from hybridflow.resharding.decoder import Decoder, EngineCuts, adapter_specs, decoder_specs
 from hybridflow.resharding.layout import dtype_of
 from hybridflow.resharding.shards import ZERO_ALIGNMENT, Spec
 from hybridflow.roles import MemoryPart
@@ -104,7 +104,7 @@ def training(decoder: Decoder, engine: Any, sizes: Sequence[int], data: int, tra
         whole = sum(sizes) * itemsize
         if not trains:
             return Held(whole)
-        trained = _adapter_elements(decoder, lora) if lora else sum(sizes)
+        trained = sum(_adapter_sizes(decoder, lora) if lora else sizes)
         masters = FLOAT32 * trained if itemsize < FLOAT32 else 0
         states = _states(engine) * max(itemsize, FLOAT32) * trained
         extra = trained * itemsize if lora else 0
@@ -116,7 +116,7 @@ def training(decoder: Decoder, engine: Any, sizes: Sequence[int], data: int, tra
 def _zero(decoder: Decoder, engine: Any, sizes: Sequence[int], data: int, stage: int, itemsize: int) -> Held:
     """ZeRO 1 to 3: float32 masters and optimizer states of 1 / data of what trains, beside the weights themselves."""
     lora = getattr(engine, "lora", None)
-    trained = [_adapter_elements(decoder, lora)] if lora else list(sizes)
+    trained = _adapter_sizes(decoder, lora) if lora else list(sizes)
     frozen = list(sizes) if lora else []
     part = _part(sum(trained), data) if stage < 3 else sum(-(-size // data) for size in trained)
     if stage < 3:
@@ -145,16 +145,9 @@ def _states(engine: Any) -> int:
     return OPTIMIZER_STATES.get(getattr(getattr(engine, "optimizer", None), "name", "adamw"), 2)
 
 
-def _adapter_elements(decoder: Decoder, lora: Any) -> int:
-    """Of A (rank x in) and B (out x rank) at every linear layer that has them; the output head has none."""
-    wanted = lora.target_modules
-    total = 0
-    for spec in decoder_specs(decoder):
-        module, _, kind = spec.parameter.name.rpartition(".")
-        linear = kind == "weight" and len(spec.parameter.shape) == 2 and module.endswith("_proj")
-        if linear and (wanted == "all-linear" or any(module == name or module.endswith(f".{name}") for name in wanted)):
-            total += lora.rank * sum(spec.parameter.shape)
-    return total
+def _adapter_sizes(decoder: Decoder, lora: Any) -> list[int]:
+    """Elements of A (rank x in) and B (out x rank) at every linear layer that has them; the output head has none."""
+    return [spec.parameter.num_elements for spec in adapter_specs(decoder, lora.rank, lora.target_modules)]
 
 
 def generation_cuts(config: RunConfig) -> EngineCuts:
@@ -178,12 +171,35 @@ def _engine(config: RunConfig) -> Held | None:
     for spec, size in zip(specs, sizes, strict=True):
         layers[spec.where] = layers.get(spec.where, 0) + size
     hf = getattr(config.rollout, "engine", None) == "hf"
+    adapter = sum(shard_sizes(_held_adapter(config, decoder), config.bundles_per_rank("rollout")))
     return Held(
-        weights=sum(sizes) * itemsize,
+        weights=(sum(sizes) + adapter) * itemsize,
         cache=_hf_cache(config, decoder) if hf else int(getattr(config.rollout, "kv_cache_gib", 0.0) * 2**30),
         in_flight=2 * max(layers.values()) * itemsize,
         sleeps=engines_sleep(config) and (hf or on_gpus(config, "rollout")),
     )
+
+
+def actor_adapter(config: RunConfig) -> Any:
+    """Settings of the adapter that the actor trains, which engines serve; None where it trains all weights."""
+    return getattr(config.actor.engine, "lora", None) if config.has_adapter("actor") else None
+
+
+def _held_adapter(config: RunConfig, decoder: Decoder) -> list[Spec]:
+    """vLLM's layers hold A and B of the next rank that it knows, of all that is stored with an adapted weight (q, k and
+    v are one), in every layer."""
+    lora, cuts = actor_adapter(config), generation_cuts(config)
+    if lora is None:
+        return []
+    adapted = adapter_specs(decoder, lora.rank, lora.target_modules, cuts)
+    if not cuts.fused:
+        return adapted
+    specs = decoder_specs(decoder, cuts)
+    stored = {spec.parameter.name.rpartition(".")[0]: spec.storage_name.split(".")[-2] for spec in specs}
+    wrapped = {stored[spec.parameter.name.partition(".lora_")[0]] for spec in adapted}
+    modules = sorted({layer.rpartition(".")[2] for layer, module in stored.items() if module in wrapped})
+    rank = min((known for known in VLLM_LORA_RANKS if known >= lora.rank), default=lora.rank)
+    return adapter_specs(decoder, rank, modules, cuts)
 
 
 def _hf_cache(config: RunConfig, decoder: Decoder) -> int:

@@ -10,6 +10,9 @@ from hybridflow.config.run_config import MODEL_TYPES, RolePlacement, RunConfig
 VLLM_VOCABULARY_MULTIPLE = 64
 """vLLM pads embedding and head to a multiple of this many rows, and cuts those."""
 
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM's LoRA layers have memory for one of these; an adapter between two of them takes the next."""
+
 GENERATION_SIZE = "rollout.tensor_parallel_size"
 
 
@@ -23,6 +26,7 @@ def check_placement(config: RunConfig, roles: tuple[str, ...], problems: Problem
         kind, key = config.role_type(role), place_key(config, role)
         if kind == "rollout":
             _replicas(config, place, key, problems)
+            _served_adapter(config, problems)
         elif kind in MODEL_TYPES:
             _training_shape(config, role, place, key, problems)
         else:
@@ -123,6 +127,14 @@ def _replicas(config: RunConfig, place: RolePlacement, key: str, problems: Probl
     elif place.ranks is not None and place.ranks * size > bundles >= place.ranks:
         text = f"found {place.ranks} replicas of {GENERATION_SIZE}={size}; each takes {takes}"
         problems.add(f"{key}.ranks", f"{text}: at most {bundles // size}")
+
+
+def _served_adapter(config: RunConfig, problems: Problems) -> None:
+    """The engines serve the adapter that the actor trains."""
+    rank, most = getattr(getattr(config.actor.engine, "lora", None), "rank", 0), max(VLLM_LORA_RANKS)
+    if rank > most and getattr(config.rollout, "engine", None) != "hf":
+        text = f"found {rank}; the LoRA layers of rollout.engine=vllm have ranks up to {most}: allowed 1 to {most}"
+        problems.add(f"{engine_key(config, 'actor')}.lora.rank", f"{text}, or rollout=hf")
 
 
 def _function(place: RolePlacement, key: str, problems: Problems) -> None:

@@ -4,8 +4,9 @@ q, k, v, gate and up are cut by output rows, o and down by input columns (Megatr
 both DeepSpeed's AutoTP and vLLM. They differ in what is stored together and in the vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from hybridflow.resharding.cuts import Cut, Even, Experts, Fused, Heads, Vocabulary
 from hybridflow.resharding.layout import Parameter
@@ -50,6 +51,24 @@ def decoder_specs(model: Decoder, engine: EngineCuts = EngineCuts()) -> list[Spe
     specs.append(_spec(model, "model.norm.weight", (model.hidden_size,), "last"))
     specs.append(_spec(model, "lm_head.weight", table, "last", vocabulary))
     return specs
+
+
+def adapter_specs(
+    model: Decoder, rank: int, modules: Literal["all-linear"] | Sequence[str], engine: EngineCuts = EngineCuts()
+) -> list[Spec]:
+    """A (rank, inputs) and B (outputs, rank) beside every linear layer of these names, or ends of names; the output
+    head has none. Beside a weight that is cut by rows B is cut so, beside one that is cut by columns A."""
+    found = []
+    for spec in decoder_specs(model, engine):
+        layer, _, kind = spec.parameter.name.rpartition(".")
+        named = modules == "all-linear" or any(layer == name or layer.endswith(f".{name}") for name in modules)
+        if kind != "weight" or not layer.endswith("_proj") or not named:
+            continue
+        rows, columns = spec.parameter.shape
+        by = {cut.dim: (cut,) for cut in spec.cuts}
+        found.append(_spec(model, f"{layer}.lora_A.weight", (rank, columns), spec.where, by.get(1, ())))
+        found.append(_spec(model, f"{layer}.lora_B.weight", (rows, rank), spec.where, by.get(0, ())))
+    return found
 
 
 def _layer(model: Decoder, engine: EngineCuts, layer: int) -> Iterator[Spec]:

@@ -46,10 +46,12 @@ class Filling:
 
 @dataclass(frozen=True)
 class Incoming:
-    """What fills one destination rank, storage by storage in the order of its layout."""
+    """What fills one destination rank, storage by storage in the order of its layout. only: the names of the parameters
+    that are filled, where the rank holds the others already; None: all of the model's."""
 
     rank: int
     fillings: tuple[Filling, ...]
+    only: frozenset[str] | None = None
 
     @cached_property
     def num_bytes(self) -> int:
@@ -61,7 +63,7 @@ class Incoming:
         return tuple(sorted({move.source.rank for filling in self.fillings for move in filling.moves}))
 
     @staticmethod
-    def of(plan: Plan, rank: int) -> "Incoming":
+    def of(plan: Plan, rank: int, only: frozenset[str] | None = None) -> "Incoming":
         _refuse_stays(plan)
         rows = np.nonzero(plan.destination.pieces.rank[plan.moves.destination_piece] == rank)[0]
         found: dict[str, tuple[list[int], list[Move]]] = {}
@@ -73,7 +75,7 @@ class Incoming:
         for storage in plan.destination.storages_of(rank):
             its_rows, its_moves = found.get(storage.name, ((), ()))
             fillings.append(Filling(storage, tuple(its_rows), tuple(its_moves)))
-        return Incoming(rank, tuple(fillings))
+        return Incoming(rank, tuple(fillings), only)
 
 
 @dataclass(frozen=True)

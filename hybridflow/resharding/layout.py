@@ -9,7 +9,7 @@ one rank, seen flat: a whole parameter, a fused one (`qkv_proj.weight` holds sli
 *piece* is one box of one parameter as it lies in one storage.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -108,6 +108,26 @@ class Layout:
         for storage in self.storages:
             held[storage.rank] += storage.num_elements * dtype_of(storage.dtype).itemsize
         return held
+
+    def only(self, names: Collection[str]) -> "Layout":
+        """Of these parameters alone. Raises WeightSyncError where a storage holds one of them and another."""
+        kept = np.array([parameter.name in names for parameter in self.parameters], dtype=bool)
+        rows = kept[self.pieces.parameter]
+        stored = np.isin(np.arange(len(self.storages)), self.pieces.storage[rows])
+        if mixed := sorted({*self.pieces.storage[rows].tolist()} & {*self.pieces.storage[~rows].tolist()}):
+            held = self.storages[mixed[0]]
+            raise WeightSyncError(
+                f"layout: rank {held.rank}, {held.name}: it holds parameters that are to move and others that are not"
+            )
+        columns = {name: getattr(self.pieces, name)[rows] for name in Pieces.__annotations__}
+        columns["parameter"] = (np.cumsum(kept) - 1)[columns["parameter"]]
+        columns["storage"] = (np.cumsum(stored) - 1)[columns["storage"]]
+        return Layout(
+            tuple(p for p, keeps in zip(self.parameters, kept, strict=True) if keeps),
+            tuple(s for s, keeps in zip(self.storages, stored, strict=True) if keeps),
+            Pieces(**columns),
+            self.ranks,
+        )
 
     def allocate(self, rank: int, device: str = "cpu") -> dict[str, torch.Tensor]:
         """This rank's storages by name, (num_elements,) each, zeros."""

@@ -1,4 +1,4 @@
-"""Which replica sends: memory first, then the node, then the least load. Deterministic."""
+"""Which replica sends: memory first, then the device, then the node, then the least load. Deterministic."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from hybridflow.resharding.boxes import Ints
 
-SHARED, NEAR, FAR = 0, 1, 2
+SHARED, BESIDE, NEAR, FAR = range(4)
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,14 @@ class Topology:
     """What is close to what. Source and destination ranks are numbered apart.
 
     shared: destination rank -> the source ranks whose memory it shares (colocated on one device). source_node,
-    destination_node: rank -> node; ranks without one are on no common node.
+    destination_node: rank -> node; ranks without one are on no common node. beside: destination rank -> the source
+    ranks on devices of which its process can read the memory.
     """
 
     shared: Mapping[int, Collection[int]] = field(default_factory=dict)
     source_node: Mapping[int, str] = field(default_factory=dict)
     destination_node: Mapping[int, str] = field(default_factory=dict)
+    beside: Mapping[int, Collection[int]] = field(default_factory=dict)
 
     def same_memory(self, source: int, destination: int) -> bool:
         return source in self.shared.get(destination, ())
@@ -35,6 +37,8 @@ class Topology:
     def distance(self, source: int, destination: int) -> int:
         if self.same_memory(source, destination):
             return SHARED
+        if source in self.beside.get(destination, ()):
+            return BESIDE
         return NEAR if self.same_node(source, destination) else FAR
 
 

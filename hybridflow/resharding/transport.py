@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
-from typing import NoReturn, Protocol, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,16 +31,19 @@ from hybridflow.resharding.published import Publication, publish, shared_bytes, 
 class RankLayout:
     """What one rank answers: what it holds, or is to be given, on which node, and in the memory of which kind of device
     (torch's name: `cpu`, `cuda`). gpus: UUIDs; of a training rank the one that its weights are on, of an engine those
-    that all of its processes see."""
+    that all of its processes see. fixed: of a training rank, the parameters that training never changes. together: of
+    an engine, the parameters of which all are written or none."""
 
     layout: Layout
     node: str
     device: str = "cpu"
     gpus: tuple[str, ...] = ()
+    fixed: frozenset[str] = frozenset()
+    together: tuple[frozenset[str], ...] = ()
 
     @staticmethod
-    def here(layout: Layout, device: str = "cpu", gpus: tuple[str, ...] = ()) -> "RankLayout":
-        return RankLayout(layout, this_node(), device, gpus)
+    def here(layout: Layout, device: str = "cpu", gpus: tuple[str, ...] = (), **more: Any) -> "RankLayout":
+        return RankLayout(layout, this_node(), device, gpus, **more)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class Taken:
 
 
 class Transport(Protocol):
+    def prepare(self, outgoing: Outgoing, storages: Mapping[str, Tensor]) -> None:
+        """On a source rank, once, before the first sync: put these live storages where they are to be read."""
+        ...
+
     def offer(self, outgoing: Outgoing, storages: Mapping[str, Tensor], store: Store) -> Offer:
         """On a source rank: make these live storages readable for the ranks that the plan sends them to."""
         ...
@@ -108,11 +115,16 @@ def choose_transport(
 
 @dataclass(frozen=True)
 class PublishedMemory:
-    """All on one node: the offer says where the live weights are."""
+    """All on one node: the offer says where the live weights are. They are moved into shared memory beforehand: one
+    memory after another, each held twice meanwhile, and ZeRO 1 and 2 have all of a rank's weights in one."""
+
+    def prepare(self, outgoing: Outgoing, storages: Mapping[str, Tensor]) -> None:
+        refuse_other_tensors(outgoing.storages, storages, "send: source")
+        publish(outgoing.rank, {storage.name: storages[storage.name] for storage in outgoing.storages})
 
     def offer(self, outgoing: Outgoing, storages: Mapping[str, Tensor], store: Store) -> Publication:
         refuse_other_tensors(outgoing.storages, storages, "send: source")
-        return publish(outgoing.rank, storages)
+        return publish(outgoing.rank, {storage.name: storages[storage.name] for storage in outgoing.storages})
 
     def take(self, incoming: Sequence[Incoming], offers: Sequence[Offer], store: Store) -> Taken:
         wanted = {rank for part in incoming for rank in part.sources}
@@ -128,6 +140,9 @@ class CudaIpc(PublishedMemory):
     """All on the GPUs of one node, each seen by the engines that read it: the offer has the handles of the live
     weights."""
 
+    def prepare(self, outgoing: Outgoing, storages: Mapping[str, Tensor]) -> None:
+        """They are read where they are."""
+
     def offer(self, outgoing: Outgoing, storages: Mapping[str, Tensor], store: Store) -> Publication:
         refuse_other_tensors(outgoing.storages, storages, "send: source")
         sent = {name: storages[name] for name in dict.fromkeys(move.source.storage for move in outgoing.moves)}
@@ -140,6 +155,9 @@ class ThroughStore:
     time in the destination's process; a larger storage is taken whole."""
 
     bucket_bytes: int
+
+    def prepare(self, outgoing: Outgoing, storages: Mapping[str, Tensor]) -> None:
+        """Every offer makes buckets of its own."""
 
     def offer(self, outgoing: Outgoing, storages: Mapping[str, Tensor], store: Store) -> Packed:
         refuse_other_tensors(outgoing.storages, storages, "send: source")
@@ -160,7 +178,7 @@ class ThroughStore:
         streams = self._streams(incoming, offers)
         for names in _groups(incoming, self.bucket_bytes):
             some = [
-                Incoming(part.rank, tuple(one for one in part.fillings if one.storage.name in names))
+                replace(part, fillings=tuple(one for one in part.fillings if one.storage.name in names))
                 for part in incoming
             ]
             yield self._taken(some, streams, store)
@@ -185,7 +203,7 @@ class ThroughStore:
                     storages |= _unpacked(flat, rank, source, found[source], places)
             publications.append(publish(source, storages, lasting=False))
         moved = tuple(
-            Incoming(part.rank, tuple(_moved(filling, places) for filling in part.fillings)) for part in incoming
+            replace(part, fillings=tuple(_moved(filling, places) for filling in part.fillings)) for part in incoming
         )
         return Taken(moved, tuple(publications), tuple(memory))
 

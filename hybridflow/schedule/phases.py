@@ -51,10 +51,11 @@ class Phases:
         if self._training:
             return
         if self.settings.sleep:
-            self.policy.route()  # reads layouts, of engines that must be awake for it
+            route = self.policy.route()  # reads layouts, of engines that must be awake for it
             with span("sleep"):
                 self.rollout.pause().result()
-                self.rollout.sleep().result()
+                # What training never changes is sent once, so it must outlast the sleep.
+                (self.rollout.sleep(True) if route.later else self.rollout.sleep()).result()
         if self._offloading:
             with span("onload"):
                 gather([trainer.onload() for trainer in self._offloading.values()])

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import memory_ranks
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from hybridflow.config.layout_table import layout_table, reshard, size_text
 from hybridflow.config.load import load
 from hybridflow.config.memory import held
+from hybridflow.config.placement_checks import VLLM_LORA_RANKS
 from hybridflow.config.run_config import RunConfig
 from tests.rank_processes import run_ranks
 from workers.training.modeling import initialise
@@ -78,6 +79,49 @@ def test_an_engine_worker_by_hand() -> None:
     assert found.cache == 2**29 and found.phases["training"] == found.phases["generation"] == found.weights + 2**29
     assert found.in_flight == 2 * 4 * (64 * 8 + 8)  # twice the largest layer: half of the padded head, and its norm
     assert found.phases["transition"] == found.weights + 2**29 + found.in_flight
+
+
+ADAPTER = "+actor.engine.lora={rank: 2}"
+
+
+def test_an_engine_worker_beside_an_adapter_by_hand() -> None:
+    """Hugging Face's holds A and B as they are: 232 as above. vLLM's layers hold rank 8: 8 (16 + 12 + 12 + 16 + 20 + 20
+    + 20) = 928; of two workers each has A whole (5 x 8 x 8 elements), but of o and down half (8 x 4 and 8 x 6), and of
+    B, whose rows are cut, half (8 x (4 + 4 + 4 + 6 + 6) with two key-value heads), but whole of o and down (2 x 8 x 8).
+    """
+    plain, beside = (
+        held(small("rollout=hf"), "rollout", "actor"),
+        held(small("rollout=hf", ADAPTER), "rollout", "actor"),
+    )
+    assert plain is not None and beside is not None and beside.weights - plain.weights == 4 * 232
+    plain, beside = held(small(), "rollout", "actor"), held(small(ADAPTER), "rollout", "actor")
+    assert plain is not None and beside is not None and beside.weights - plain.weights == 4 * 928
+    cut = [TWO_KV, GENERATION]
+    plain, beside = held(small(*cut), "rollout", "actor"), held(small(*cut, ADAPTER), "rollout", "actor")
+    assert plain is not None and beside is not None
+    assert beside.weights - plain.weights == 4 * (5 * 64 + 32 + 48 + 8 * 24 + 2 * 64)
+    # vLLM's q, k and v are one layer: an adapter of q alone has memory for all three.
+    few = held(small("+actor.engine.lora={rank: 2, target_modules: [q_proj]}"), "rollout", "actor")
+    alone = held(small(), "rollout", "actor")
+    assert few is not None and alone is not None and few.weights - alone.weights == 4 * 8 * (16 + 12 + 12)
+
+
+def test_an_adapter_travels_alone_once_the_rest_is_there() -> None:
+    config = small("placement=single", ADAPTER)
+    moves = reshard(config)
+    assert moves is not None and moves.later is not None
+    assert (moves.total, moves.later.total) == (4 * (2040 + 232), 4 * 232)
+    text = layout_table(config, ("actor", "rollout"), "actor").splitlines()
+    assert "resharding actor -> rollout moves once 9.09 kB: each of 1 ranks sends 9.09 kB, each of 1 workers receives "\
+        "9.09 kB;" in text  # fmt: skip
+    assert "then, at each sync, its adapter alone, 928 B: each of 1 ranks sends 928 B, each of 1 workers receives "\
+        "928 B;" in text  # fmt: skip
+    assert (found := reshard(small())) is not None and found.later is None
+
+
+def test_vllm_s_ranks_are_those_that_it_has() -> None:
+    lora = pytest.importorskip("vllm.config.lora", reason="vLLM is an optional extra")
+    assert get_args(lora.MaxLoRARanks) == VLLM_LORA_RANKS
 
 
 def test_an_engine_on_a_gpu_sleeps_while_others_train() -> None:

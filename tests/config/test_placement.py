@@ -64,6 +64,9 @@ def test_the_shape_of_each_group() -> None:
         (["placement.roles.actor.tensor=2", LORA],
          "placement.roles.actor.tensor: found 2 with actor.engine.lora; an adapter beside cut weights is not supported "
          "yet: allowed 1, or lora=null"),
+        (["+actor.engine.lora={rank: 513}"],
+         "actor.engine.lora.rank: found 513; the LoRA layers of rollout.engine=vllm have ranks up to 512: allowed 1 to "
+         "512, or rollout=hf"),
         (["placement.roles.actor.tensor=2", "actor.engine.compile=true"],
          "placement.roles.actor.tensor: found 2 with actor.engine.compile; cut layers are not compiled: allowed 1, or "
          "compile=false"),

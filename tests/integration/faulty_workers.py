@@ -70,13 +70,13 @@ class FaultyRollout(rollout.RolloutWorker):
             return super().receive(delivery)
         whole = hf_engine.assemble
 
-        def broken(incoming: Any, sources: Any, *into: Any) -> Iterator[Any]:
-            if fault.how == "flip":  # on the way: neither the trainer's memory nor what the engine says of it
+        def broken(incoming: Any, sources: Any, **more: Any) -> Iterator[Any]:
+            if fault.how == "flip" and incoming.fillings:  # on the way: the trainer holds what it held
                 last = incoming.fillings[-1].moves[0].source
                 flipped = sources[last.rank][last.storage].clone()
                 flipped.view(torch.int32)[last.offset] ^= 1
                 sources = {**sources, last.rank: {**sources[last.rank], last.storage: flipped}}
-            for index, found in enumerate(whole(incoming, sources, *into)):
+            for index, found in enumerate(whole(incoming, sources, **more)):
                 if index == 5:
                     fault.strike()
                 yield found

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from exporting_process import GPU
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hybridflow.errors import WeightSyncError
 from hybridflow.resharding import cuda_ipc
@@ -105,13 +107,15 @@ def test_a_memory_is_exported_once_until_it_is_another_or_given_back() -> None:
     assert exports.of(weight.untyped_storage()) not in (first, second)
 
 
-def test_what_was_exported_is_not_mistaken_for_a_memory_at_its_place() -> None:
-    """torch reuses the storage objects of tensors that are gone."""
-    share = Counting()
-    exports = Exports(share)
-    for count in range(1, 20):
-        exports.of(torch.zeros(8).untyped_storage())
-        assert share.made == count
+def test_what_was_exported_is_held_so_that_no_other_memory_is_taken_for_it() -> None:
+    """torch reuses the addresses of storages that are gone."""
+    exports, weight = Exports(Counting()), torch.zeros(8)
+    exported = exports.of(weight.untyped_storage())
+    alive = StorageWeakRef(weight.untyped_storage())
+    del weight
+    assert not alive.expired() and exports.live(exported) is not None
+    exports.forget()
+    assert alive.expired()
 
 
 def test_a_process_reads_its_own_memory_without_opening_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,15 +151,6 @@ def test_only_what_moves_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [found.rank for found in taken.publications] == [0]
 
 
-@pytest.fixture
-def layouts() -> tuple[Any, Any]:
-    """Two tensor ranks whose halves each of two engines of one rank needs."""
-    parameter = Parameter("w", (4, 4))
-    return build_layout([Spec(parameter, "every", (Even(0),))], grid(tensor=2)), build_layout(
-        [Spec(parameter)], grid(data=2)
-    )
-
-
 @pytest.mark.parametrize(
     ("nodes", "device", "seen", "chosen"),
     [
@@ -167,16 +162,15 @@ def layouts() -> tuple[Any, Any]:
     ],
 )
 def test_gpus_are_read_in_place_where_every_engine_sees_what_it_needs(
-    layouts: Any, nodes: str, device: str, seen: Any, chosen: Any
+    nodes: str, device: str, seen: Any, chosen: Any
 ) -> None:
-    source, destination = layouts
+    """Two tensor ranks on node a, of which two engines of one worker need both halves."""
+    parameter = Parameter("w", (4, 4))
+    source = build_layout([Spec(parameter, "every", (Even(0),))], grid(tensor=2))
+    destination = build_layout([Spec(parameter)], grid(data=2))
     plan = make_plan(source, destination, Topology({}, {0: "a", 1: "a"}, dict(enumerate(nodes))))
-    gpus = ("x", "y") if device == "cuda" else ((), ())
-    sources = [RankLayout(build(source, rank), "a", device, (gpus[rank],) if gpus[rank] else ()) for rank in (0, 1)]
+    gpus = [("x",), ("y",)] if device == "cuda" else [(), ()]
+    one: Any = [SimpleNamespace(ranks=(rank,)) for rank in (0, 1)]
+    sources = [RankLayout(one[rank], "a", device, gpus[rank]) for rank in (0, 1)]
     engines = [RankLayout(destination, node, gpus=of) for node, of in zip(nodes, seen, strict=True)]
     assert choose_transport(plan, sources, engines, 9) == chosen
-
-
-def build(layout: Any, rank: int) -> Any:
-    """What one rank answers: only its own number matters here."""
-    return replace(layout, ranks=(rank,)) if hasattr(layout, "__dataclass_fields__") else layout

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,9 +44,11 @@ class Policy:
     calls: list[Call]
     version: int = 0
     fails: list[str] = field(default_factory=list)
+    later: Any = None
 
-    def route(self) -> None:
+    def route(self) -> SimpleNamespace:
         self.calls.append(("route",))
+        return SimpleNamespace(later=self.later)
 
     def sync(self, loaded: Callable[[], None] | None = None) -> Metrics:
         self._deliver(self.version + 1, loaded)
@@ -102,6 +105,13 @@ def test_a_step_gives_back_before_it_takes() -> None:
     calls.clear()
     assert made.sync()["sync/version"].value == 1
     assert calls == to_generation(1)
+
+
+def test_engines_keep_weights_that_are_sent_once_only() -> None:
+    made, calls = phases(ALL)
+    made.policy.later = "the adapter's route"
+    made.train()
+    assert calls[:3] == [("route",), ("rollout.pause",), ("rollout.sleep", True)]
 
 
 def test_a_phase_that_is_on_is_not_entered_again() -> None:

@@ -13,12 +13,13 @@ from hybridflow.resharding.layout import Parameter, renumbered
 from hybridflow.resharding.proofs import Difference, ReadBack, Receipt
 from hybridflow.resharding.published import mapped
 from hybridflow.resharding.shards import Spec, build_layout, grid
-from hybridflow.resharding.transport import PublishedMemory, RankLayout, ThroughStore
+from hybridflow.resharding.transport import CudaIpc, PublishedMemory, RankLayout, ThroughStore
 from hybridflow.schedule.policy_sync import PolicySync
 
 PROBE = [3, 1, 2]
 PARAMETERS = [Parameter("a.weight", (4, 6)), Parameter("lm_head.weight", (4,))]
 SPECS = [Spec(PARAMETERS[0], "every", (Even(0),)), Spec(PARAMETERS[1])]
+OWN = [(0, "GPU-x"), (1, "GPU-y")]
 FULL = {"a.weight": torch.arange(24.0), "lm_head.weight": torch.ones(4)}
 
 
@@ -35,11 +36,12 @@ class FakeActor:
     """Two data ranks that hold everything."""
 
     held: list[dict[str, torch.Tensor]] = field(default_factory=lambda: [dict(FULL), dict(FULL)])
+    fixed: frozenset[str] = frozenset()
     taken: list[Any] = field(default_factory=list)
 
     def layout(self) -> Done:
         layout = build_layout([Spec(parameter) for parameter in PARAMETERS], grid())
-        return Done([RankLayout.here(renumbered(layout, rank)) for rank in (0, 1)])
+        return Done([RankLayout.here(renumbered(layout, rank), fixed=self.fixed) for rank in (0, 1)])
 
     def take_route(self, outgoing: Any, transports: Any) -> Done:
         self.taken = list(zip(outgoing, transports, strict=True))
@@ -59,6 +61,7 @@ class FakeRollout:
 
     harm: Any = None
     nodes: tuple[str | None, str | None] = (None, None)
+    together: tuple[frozenset[str], ...] = ()
     seen: list[Any] = field(default_factory=list)
     holds: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     taken: list[Any] = field(default_factory=list)
@@ -66,7 +69,7 @@ class FakeRollout:
 
     def layout(self) -> Done:
         here = RankLayout.here(build_layout(SPECS, grid(tensor=2)))
-        return Done([RankLayout(here.layout, node or here.node) for node in self.nodes])
+        return Done([RankLayout(here.layout, node or here.node, together=self.together) for node in self.nodes])
 
     def take_route(self, incoming: Any, transports: Any) -> Done:
         self.taken = list(zip(incoming, transports, strict=True))
@@ -80,9 +83,9 @@ class FakeRollout:
             sums: dict[int, int] = {}
             with mapped(taken.publications) as sources:
                 for incoming in taken.incoming:
-                    self.holds[incoming.rank] = {}
+                    held = self.holds.setdefault(incoming.rank, {})
                     for name, flat, checksums in assemble(incoming, sources):
-                        self.holds[incoming.rank][name] = flat
+                        held[name] = flat
                         sums |= checksums
             receipt = Receipt(sums, [-1.0, -2.00005])
             receipts.append(self.harm(receipt) if self.harm and engine == 1 else receipt)
@@ -185,6 +188,18 @@ def test_the_transport_is_chosen_once_from_where_the_ranks_are() -> None:
     assert run.route().transport == ThroughStore(1 << 20)
 
 
+def test_engines_on_gpus_read_the_replica_on_their_own() -> None:
+    """Two full replicas, each on the GPU that one of two engines sees: none reads the other's, balanced or not."""
+    run = policy()
+    here = RankLayout.here(build_layout(SPECS, grid(tensor=2)))
+    held = build_layout([Spec(parameter) for parameter in PARAMETERS], grid())
+    run.actor.layout = lambda: Done([RankLayout.here(renumbered(held, rank), "cuda", (gpu,)) for rank, gpu in OWN])
+    run.rollout.layout = lambda: Done([RankLayout(here.layout, here.node, gpus=(gpu,)) for _, gpu in OWN])
+    route = run.route()
+    assert route.transport == CudaIpc()
+    assert [part.sources for parts in route.incoming for part in parts] == [(0,), (0,), (1,), (1,)]
+
+
 def test_a_parameter_on_one_side_only_is_named_before_anything_is_sent() -> None:
     run = policy()
     odd = build_layout([*SPECS, Spec(Parameter("extra", (3,)))], grid(tensor=2))
@@ -192,3 +207,59 @@ def test_a_parameter_on_one_side_only_is_named_before_anything_is_sent() -> None
     with pytest.raises(WeightSyncError, match="only the destination has extra"):
         run.sync()
     assert run.rollout.seen == []
+
+
+def with_fixed(*names: str, together: tuple[frozenset[str], ...] = ()) -> PolicySync:
+    run = policy()
+    run.actor.fixed, run.rollout.together = frozenset(names), together
+    return run
+
+
+ALL_BYTES, HEAD_BYTES = 4 * 2 * (24 + 2 * 4), 4 * 4 * 4
+
+
+def test_what_training_never_changes_is_sent_and_proven_once() -> None:
+    run = with_fixed("a.weight")
+    assert run.sync()["sync/bytes"].value == ALL_BYTES
+    for held in run.actor.held:
+        held["lm_head.weight"] = torch.full((4,), 2.0)
+    assert [run.sync()["sync/bytes"].value for _ in range(2)] == [HEAD_BYTES, HEAD_BYTES]
+    assert torch.equal(run.rollout.holds[3]["a.weight"], torch.arange(12.0, 24.0))
+    assert torch.equal(run.rollout.holds[3]["lm_head.weight"], torch.full((4,), 2.0))
+    assert {incoming.only for parts, _ in run.rollout.taken for incoming in parts} == {frozenset({"lm_head.weight"})}
+    run.restore(7)  # of engines that may hold anything
+    assert run.rollout.taken[0][0][0].only is None and run.version == 7
+    assert run.sync()["sync/bytes"].value == HEAD_BYTES
+
+
+def test_after_a_transfer_without_proof_all_is_sent_again() -> None:
+    run = with_fixed("a.weight")
+    run.sync()
+    run.rollout.harm = lambda receipt: Receipt({**receipt.checksums, first_row(receipt): Checksum(0, 1)}, [-1.0, -2.0])
+    with pytest.raises(WeightSyncError, match=r"other than sent: lm_head\.weight"):
+        run.sync()
+    run.rollout.harm = None
+    assert run.sync()["sync/bytes"].value == ALL_BYTES
+    assert run.sync()["sync/bytes"].value == HEAD_BYTES
+
+
+@pytest.mark.parametrize(
+    ("names", "together"),
+    [
+        (("a.weight",), (frozenset({"a.weight", "lm_head.weight"}),)),  # the engine takes both or none
+        (("a.weight", "lm_head.weight"), ()),  # nothing trains
+        ((), ()),
+    ],
+)
+def test_where_nothing_can_stay_alone_all_is_sent_each_time(names: tuple, together: tuple) -> None:
+    run = with_fixed(*names, together=together)
+    assert [run.sync()["sync/bytes"].value for _ in range(2)] == [ALL_BYTES, ALL_BYTES]
+
+
+def test_a_read_back_compares_what_was_sent_once_too() -> None:
+    run = with_fixed("a.weight")
+    run.sync()
+    run.sync()
+    run.read_back()
+    assert run.rollout.taken[0][0][0].only is None
+    assert run.sync()["sync/bytes"].value == HEAD_BYTES

@@ -96,13 +96,18 @@ class GenerationEngine(Protocol):
         """UUIDs of the GPUs on which all of the engine's processes can read other processes' memory."""
         ...
 
+    def together(self) -> Sequence[Sequence[str]]:
+        """Parameters of which `receive` must get all or none."""
+        ...
+
     def receive(
         self, version: int, incoming: Sequence[Incoming], parts: Iterable[Taken], probe: Sequence[int]
     ) -> Receipt:
-        """Replace all weights and drop caches: each tensor rank copies its own slices out of the publications, one
-        parameter at a time. incoming: one a tensor rank, of a plan whose destination is this engine's `layout`. parts:
-        where these are read, together once; each is let go before the next is asked for. The receipt has the log-probs
-        of `probe[1:]` given their prefixes. Requests held by `pause` go on with the new weights: those tokens carry the
+        """Replace the weights that the plan names and drop caches: each tensor rank copies its own slices out of the
+        publications, one parameter at a time. incoming: one a tensor rank, of a plan whose destination is this engine's
+        `layout`; of some of its parameters (`Incoming.only`) once a transfer of all has succeeded. parts: where these
+        are read, together once; each is let go before the next is asked for. The receipt has the log-probs of
+        `probe[1:]` given their prefixes. Requests held by `pause` go on with the new weights: those tokens carry the
         new version. Whatever fails, the engine refuses to generate until a transfer succeeds. While the cache is asleep
         `probe` must be empty, and the method of that name follows `wake_cache`."""
         ...

@@ -26,6 +26,7 @@ from hybridflow.resharding.published import Publication, mapped
 from hybridflow.resharding.transport import Taken
 from hybridflow.spans import span
 from workers.generation import model_folder
+from workers.generation.adapter import served_settings
 from workers.generation.base import Request, Sample, Sampling
 from workers.generation.gate import Gate
 from workers.generation.planned import ASLEEP, FAILED, NEW_MEMORY, refuse_other_storages
@@ -33,6 +34,8 @@ from workers.generation.requests import refuse_unfit, stop_ids
 from workers.generation.seeded_draw import SeededDraw, uniforms
 from workers.generation.settings import RolloutSettings
 from workers.generation.slices import difference_box, layout_of
+from workers.training.lora import Adapter
+from workers.training.settings import LoraSettings
 
 
 class HfEngine:
@@ -41,10 +44,14 @@ class HfEngine:
     A step of decoding and a weight transfer exclude each other: both go through `Gate`.
     """
 
-    def __init__(self, folder: Path, settings: RolloutSettings, replica: int = 0) -> None:
+    def __init__(
+        self, folder: Path, settings: RolloutSettings, replica: int = 0, lora: LoraSettings | None = None
+    ) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, settings.dtype)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self._device).eval()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self._adapter = None if lora is None else Adapter(self._model, served_settings(lora), folder, "CAUSAL_LM")
+        self._model.to(self._device).eval().requires_grad_(False)
         self._model.generation_config = GenerationConfig()  # the request alone says how to sample
         if settings.float32_head:
             _head_in_float32(self._model)
@@ -53,6 +60,7 @@ class HfEngine:
         self._rows_per_batch = settings.max_num_seqs
         self._version = 0
         self._half_written = self._after_sleep = ""
+        self._has_all = False
         self._shapes: list[torch.Size] = []
         self._gate = Gate()
 
@@ -109,7 +117,7 @@ class HfEngine:
 
     def layout(self) -> Layout:
         """See `GenerationEngine.layout`: every parameter whole, in this process."""
-        held = self._model.state_dict()
+        held = self._held()
         parameters = [
             Parameter(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in held.items()
@@ -120,17 +128,26 @@ class HfEngine:
         """See `GenerationEngine.visible_gpus`."""
         return visible_gpus()
 
+    def together(self) -> Sequence[Sequence[str]]:
+        """See `GenerationEngine.together`."""
+        return ()
+
+    def _held(self) -> dict[str, Tensor]:
+        """Live tensors under the trainer's names: plain weights, and A and B of the adapter beside them."""
+        state = self._model.state_dict()
+        return state if self._adapter is None else self._adapter.named(state)
+
     def receive(
         self, version: int, incoming: Sequence[Incoming], parts: Iterable[Taken], probe: Sequence[int]
     ) -> Receipt:
         """See `GenerationEngine.receive`: one copy, into the model's own parameters."""
         with self._gate.stopped():
-            self._half_written = FAILED
-            refuse_other_storages(self.layout(), incoming)
+            has_all, self._half_written = self._has_all and not self._half_written, FAILED
+            refuse_other_storages(self.layout(), incoming, has_all)
             with span("write_weights"):
                 checksums = self._write(parts)
             self._version = version
-            self._half_written = ""
+            self._half_written, self._has_all = "", True
             with span("probe"):
                 return Receipt(checksums, self.probe(probe) if probe else [])
 
@@ -145,7 +162,7 @@ class HfEngine:
 
     def _assemble(self, incoming: Incoming, sources: Mapping[int, Mapping[str, Tensor]]) -> Checksums:
         """A tied parameter comes twice, and lies in one memory: the second must equal the first."""
-        held = self._model.state_dict()
+        held = self._held()
         first: dict[int, str] = {}
         twins = {name for name, tensor in held.items() if first.setdefault(tensor.data_ptr(), name) != name}
         own = [filling for filling in incoming.fillings if filling.storage.name not in twins]
@@ -165,7 +182,7 @@ class HfEngine:
     def read_back(self, incoming: Sequence[Incoming], publications: Sequence[Publication]) -> ReadBack:
         """See `GenerationEngine.read_back`."""
         refuse_other_storages(self.layout(), incoming)
-        held, found = self._model.state_dict(), []
+        held, found = self._held(), []
         with mapped(publications) as sources:
             for name, flat, _ in assemble(incoming[0], sources):
                 ours, wanted = held[name].cpu(), flat.view(held[name].shape)

@@ -16,9 +16,18 @@ NEW_MEMORY = "the weights did not survive the engine's sleep; send them before g
 """Likewise of one that sleeps, and of one that woke and holds nothing yet."""
 
 
-def refuse_other_storages(layout: Layout, incoming: Sequence[Incoming]) -> None:
+def refuse_other_storages(layout: Layout, incoming: Sequence[Incoming], has_all: bool = True) -> None:
     """Raise unless there is one Incoming a rank of this layout, and it fills exactly that rank's storages, in order,
-    each completely (as far as counting can tell: a plan is proven by `plan.validate`)."""
+    each completely (as far as counting can tell: a plan is proven by `plan.validate`). Where only some parameters are
+    to be filled, the engine must hold the others: has_all."""
+    only = incoming[0].only if incoming else None
+    if only is not None:
+        if not has_all:
+            raise WeightSyncError(
+                f"rollout.receive: only {len(only)} of {len(layout.parameters)} parameters come, and this engine does "
+                "not hold the others: it is new, its last transfer failed, or it slept without them. Send all"
+            )
+        layout = layout.only(only)
     if len(incoming) != len(layout.ranks):
         raise WeightSyncError(
             f"rollout.receive: {len(incoming)} parts of a plan for an engine of {len(layout.ranks)} tensor ranks; "

@@ -4,9 +4,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hybridflow.errors import ConfigError
+from workers.generation.adapter import ServedAdapter
 from workers.generation.settings import RolloutSettings
 from workers.generation.vllm_memory import AT_START
 
@@ -50,7 +51,9 @@ def environment(settings: RolloutSettings, replica: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def engine_arguments(folder: Path, settings: RolloutSettings, max_tokens: int) -> dict[str, Any]:
+def engine_arguments(
+    folder: Path, settings: RolloutSettings, max_tokens: int, adapter: ServedAdapter | None = None
+) -> dict[str, Any]:
     """Arguments of vLLM's AsyncEngineArgs; `settings.vllm` wins."""
     from vllm.platforms import current_platform
 
@@ -69,6 +72,8 @@ def engine_arguments(folder: Path, settings: RolloutSettings, max_tokens: int) -
         "disable_log_stats": True,
         "worker_extension_cls": "workers.generation.vllm_worker.WeightReceiver",
     }
+    if adapter is not None:
+        arguments |= _adapter_arguments(folder, adapter)
     if settings.float32_head:
         arguments["hf_overrides"] = {"head_dtype": "float32"}  # which vLLM's LogitsProcessor reads
     if current_platform.is_cpu():
@@ -85,6 +90,30 @@ def engine_arguments(folder: Path, settings: RolloutSettings, max_tokens: int) -
     if settings.tensor_parallel_size > 1:
         arguments["distributed_executor_backend"] = "mp"
     return {**arguments, **settings.vllm}
+
+
+def _adapter_arguments(folder: Path, adapter: ServedAdapter) -> dict[str, Any]:
+    """One adapter, in the layers that have it, in memory for the next rank that vLLM knows."""
+    from transformers import AutoConfig
+    from vllm.config.lora import MaxLoRARanks
+    from vllm.model_executor.models import ModelRegistry, supports_lora
+
+    for architecture in AutoConfig.from_pretrained(folder).architectures or ():
+        known = ModelRegistry.models.get(architecture)
+        if known is not None and not supports_lora(known.load_model_cls()):
+            raise ConfigError(
+                f"actor.engine.lora: vLLM has no LoRA layers for {architecture}, the model in {folder}. Set "
+                "rollout=hf, or lora=null"
+            )
+    ranks = get_args(MaxLoRARanks)
+    enough = [rank for rank in ranks if rank >= adapter.rank]
+    if not enough:
+        raise ConfigError(
+            f"actor.engine.lora.rank: found {adapter.rank}; vLLM's LoRA layers have ranks up to {max(ranks)}. Choose a "
+            "smaller one, or set rollout=hf"
+        )
+    modules = sorted({layer.rpartition(".")[2] for layer in adapter.layers})
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(enough), "lora_target_modules": modules}
 
 
 def _refuse_unsupported_heads(folder: Path) -> None:

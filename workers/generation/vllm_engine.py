@@ -22,20 +22,27 @@ from hybridflow.resharding.published import Publication
 from hybridflow.resharding.transport import Taken
 from hybridflow.spans import span
 from workers.generation import model_folder
+from workers.generation.adapter import ServedAdapter
 from workers.generation.base import Request, Sample, Sampling
 from workers.generation.planned import ASLEEP, FAILED, NEW_MEMORY, refuse_other_storages
 from workers.generation.requests import refuse_unfit, stop_ids
 from workers.generation.settings import RolloutSettings
 from workers.generation.slices import from_lists, layout_of
+from workers.generation.vllm_adapter import NUMBER as ADAPTER_NUMBER
 from workers.generation.vllm_device import engine_arguments, environment
+from workers.training.settings import LoraSettings
 
 T = TypeVar("T")
 
 
 class VllmEngine:
-    """One vLLM engine (tensor_parallel_size workers). `replica` picks its cores on a CPU."""
+    """One vLLM engine (tensor_parallel_size workers). `replica` picks its cores on a CPU. lora: of the adapter that
+    the actor trains beside the model of this folder."""
 
-    def __init__(self, folder: Path, settings: RolloutSettings, replica: int = 0) -> None:
+    def __init__(
+        self, folder: Path, settings: RolloutSettings, replica: int = 0, lora: LoraSettings | None = None
+    ) -> None:
+        self._adapter = None if lora is None else ServedAdapter.of(folder, lora)
         self._end_ids = model_folder.end_ids(folder)
         self._shapes = model_folder.weight_shapes(folder)
         self.max_tokens = model_folder.longest(folder, settings.max_model_len)
@@ -47,6 +54,8 @@ class VllmEngine:
         self._cache_sleeps = False
         self._layout: Layout | None = None
         self._gpus: tuple[str, ...] = ()
+        self._together: list[list[str]] = []
+        self._has_all = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-loop", daemon=True)
         self._thread.start()
@@ -58,8 +67,14 @@ class VllmEngine:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            arguments = engine_arguments(folder, settings, self.max_tokens)
+            arguments = engine_arguments(folder, settings, self.max_tokens, self._adapter)
             self._engine: Any = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        if self._adapter is not None:
+            try:
+                await self._collect("serve_adapter", pickle.dumps(self._adapter))
+            except WeightSyncError:
+                await self._stop()
+                raise
         await self._engine.update_weight_version("0")
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
@@ -120,7 +135,8 @@ class VllmEngine:
         for request in requests:
             name = names[id(request)]
             prompt = {"type": "token", "prompt_token_ids": request.prompt}
-            outputs[name] = await self._engine.add_request(name, prompt, _parameters(sampling, stops, request))
+            parameters = _parameters(sampling, stops, request)
+            outputs[name] = await self._engine.add_request(name, prompt, parameters, **self._with_adapter())
             self._running[name] = None
         if self._num_aborts != num_aborts:  # abort() came while some were not enqueued yet
             await self._engine.abort(list(outputs))
@@ -148,8 +164,10 @@ class VllmEngine:
             answers = self._rpc("slices", shapes)
             self._gpus = tuple(gpu for gpu in answers[0]["gpus"] if all(gpu in answer["gpus"] for answer in answers))
             dtype = answers[0]["dtype"]
-            parameters = [Parameter(name, shape, dtype) for name, shape in self._shapes.items()]
+            of_adapter = {} if self._adapter is None else self._adapter.shapes
+            parameters = [Parameter(name, shape, dtype) for name, shape in {**self._shapes, **of_adapter}.items()]
             self._layout = layout_of(parameters, [from_lists(answer["boxes"]) for answer in answers])
+            self._together = [names for answer in answers for names in answer["together"]]
         return self._layout
 
     def visible_gpus(self) -> tuple[str, ...]:
@@ -157,18 +175,23 @@ class VllmEngine:
         self.layout()
         return self._gpus
 
+    def together(self) -> Sequence[Sequence[str]]:
+        """See `GenerationEngine.together`."""
+        self.layout()
+        return self._together
+
     def receive(
         self, version: int, incoming: Sequence[Incoming], parts: Iterable[Taken], probe: Sequence[int]
     ) -> Receipt:
         """See `GenerationEngine.receive`."""
         layout = self.layout()
-        self._half_written = FAILED
+        has_all, self._half_written = self._has_all and not self._half_written, FAILED
         with span("write_weights"):
-            refuse_other_storages(layout, incoming)
+            refuse_other_storages(layout, incoming, has_all)
             self._wait(self._engine.pause_generation(mode="keep", clear_cache=False))
             checksums = self._write(parts)
         self._wait(self._take_version(version))
-        self._half_written = ""
+        self._half_written, self._has_all = "", True
         with span("probe"):
             logprobs = self.probe(probe) if probe else []
         return Receipt(checksums, logprobs)
@@ -210,7 +233,8 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = {"type": "token", "prompt_token_ids": tokens}
-        waiting = await self._engine.add_request(f"probe-{next(self._names)}", prompt, parameters)
+        name = f"probe-{next(self._names)}"
+        waiting = await self._engine.add_request(name, prompt, parameters, **self._with_adapter())
         found = (await waiting.get()).prompt_logprobs
         if self._paused:
             await self._engine.pause_generation(mode="keep", clear_cache=False)
@@ -230,11 +254,22 @@ class VllmEngine:
 
     def _rpc(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
         """What every tensor rank answers. One that answers `error` is named."""
-        answers: list[dict[str, Any]] = self._wait(self._engine.collective_rpc(method, args=arguments))
+        return self._wait(self._collect(method, *arguments))
+
+    async def _collect(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = await self._engine.collective_rpc(method, args=arguments)
         for rank, answer in enumerate(answers):
             if "error" in answer:
                 raise WeightSyncError(f"rollout, tensor rank {rank}: {answer['error']}")
         return answers
+
+    def _with_adapter(self) -> dict[str, Any]:
+        """What a request says of the adapter. Its path is never read: the workers hold it already."""
+        if self._adapter is None:
+            return {}
+        from vllm.lora.request import LoRARequest
+
+        return {"lora_request": LoRARequest("policy", ADAPTER_NUMBER, "policy")}
 
     def pause(self) -> None:
         """Freeze running requests where they are; new ones wait. Returns when nothing runs any more."""

@@ -119,6 +119,14 @@ def boxes_of(loads: Sequence[Load], shapes: Mapping[str, Sequence[int]]) -> dict
     return {name: merged(boxes) for name, boxes in found.items()}
 
 
+def loaded_together(loads: Sequence[Load]) -> list[list[str]]:
+    """Parameters that go into one layer: vLLM's reload writes a layer whole, or leaves it as it is."""
+    found: dict[str, dict[str, None]] = {}
+    for load in loads:
+        found.setdefault(load.held.rpartition(".")[0], {})[load.parameter] = None
+    return [list(names) for names in found.values()]
+
+
 def unloaded(model: nn.Module, loads: Sequence[Load]) -> Iterator[str]:
     """The engine's own parameters that no load writes."""
     written = {load.held for load in loads}

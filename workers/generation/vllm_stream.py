@@ -6,7 +6,7 @@ parameters; a worker is sent its own slices only, so here these are written to w
 (`vllm_loaders.record_loads`). Beside its weights a worker holds one layer as loaded, and once more while it is packed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -41,23 +41,26 @@ def _layer(held: str) -> str:
 
 
 class Reload:
-    """One transfer into a worker, in one or several parts: `take` each, then `finish`. After an error: `abandon`."""
+    """One transfer into a worker, in one or several parts: `take` each, then `finish`. After an error: `abandon`.
+    names: of the parameters that come; layers that get none of them stay as they are."""
 
-    def __init__(self, model_runner: Any, destinations: Destinations) -> None:
+    def __init__(self, model_runner: Any, destinations: Destinations, names: Collection[str]) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self._runner, self._destinations = model_runner, destinations
         self._model: nn.Module = model_runner.get_model()
-        self._awaited: dict[str, set[str]] = {_layer(held): set() for held in destinations.num_loaded}
-        for name in destinations.targets:
+        whole = destinations.targets.keys() <= set(names)
+        self._awaited: dict[str, set[str]] = {_layer(held): set() for held in destinations.num_loaded} if whole else {}
+        for name in (name for name in destinations.targets if name in names):
             for layer in destinations.layers(name):
-                self._awaited[layer].add(name)
+                self._awaited.setdefault(layer, set()).add(name)
+        self._left = set() if whole else {_layer(held) for held in destinations.num_loaded} - self._awaited.keys()
         self._open: set[str] = set()
         self._apart: set[str] = set()
         self._filled: list[str] = []
-        for module in self._model.modules():
+        for layer, module in self._model.named_modules():
             method: Any = getattr(module, "quant_method", None)
-            if getattr(method, "moe_kernel", None) is not None:
+            if getattr(method, "moe_kernel", None) is not None and layer not in self._left:
                 method.moe_kernel = None  # else vLLM keeps the experts' old packed weights, silently
         initialize_layerwise_reload(self._model)
 
@@ -131,7 +134,7 @@ class Reload:
         finalize_layerwise_reload(self._model, self._runner.model_config)
         for reset in (self._runner.reset_lora_state, self._runner.reset_encoder_cache, self._runner.reset_mm_cache):
             reset()
-        names = {name for name, _ in self._model.named_parameters()}
+        names = {name for name, _ in self._model.named_parameters() if _layer(name) not in self._left}
         return sorted(name for name in names if self._awaited.get(_layer(name), {name}))
 
     def abandon(self) -> None:

@@ -6,14 +6,17 @@ repacked at load on a CPU: `reload_weights` is the only way in, and the live ker
 
 import logging
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from hybridflow.errors import WeightSyncError
 from hybridflow.resharding.cuda_ipc import visible_gpus
+from hybridflow.resharding.incoming import Incoming
 from hybridflow.resharding.published import mapped
-from workers.generation.vllm_loaders import Load, boxes_of, record_loads, unloaded
+from workers.generation.vllm_adapter import Place, clear, compare, register, serve, write
+from workers.generation.vllm_loaders import Load, boxes_of, loaded_together, record_loads, unloaded
 from workers.generation.vllm_memory import mapped_apart
 from workers.generation.vllm_read_back import read_back
 from workers.generation.vllm_stream import Destinations, Reload
@@ -46,10 +49,19 @@ class WeightReceiver:
     _loads: list[Load]
     _destinations: Destinations
     _reload: Reload | None = None
+    _receiving = False
+    _places: Sequence[Place] = ()
+
+    @_answering
+    def serve_adapter(self, message: bytes) -> dict[str, Any]:
+        """message: a pickled ServedAdapter, for which every request will ask."""
+        self._places = serve(self.model_runner, pickle.loads(message))
+        return {}
 
     @_answering
     def slices(self, shapes: dict[str, list[int]]) -> dict[str, Any]:
-        """`boxes`: what this rank loads of each Hugging Face parameter of these shapes. `gpus`: those it sees."""
+        """`boxes`: what this rank loads of each Hugging Face parameter of these shapes, and what it holds of the
+        adapter. `together`: parameters that are loaded together or not at all. `gpus`: those it sees."""
         model, config = self.model_runner.get_model(), self.model_runner.model_config
         with mapped_apart():  # until here they were by `vllm_memory.AT_START`
             self._loads = record_loads(model, config, shapes, config.dtype)
@@ -58,7 +70,9 @@ class WeightReceiver:
             raise WeightSyncError(f"rollout.layout: no Hugging Face parameter is loaded into {', '.join(left)}")
         self._destinations = Destinations(self._loads, shapes)
         dtype = str(config.dtype).removeprefix("torch.")
-        return {"boxes": boxes_of(self._loads, shapes), "dtype": dtype, "gpus": list(visible_gpus())}
+        boxes = boxes_of(self._loads, shapes) | {place.parameter: [place.box] for place in self._places}
+        together = loaded_together(self._loads)
+        return {"boxes": boxes, "together": together, "dtype": dtype, "gpus": list(visible_gpus())}
 
     @_answering
     def receive(self, message: bytes) -> dict[str, Any]:
@@ -67,13 +81,14 @@ class WeightReceiver:
         from vllm.distributed import get_tensor_model_parallel_rank
 
         incoming, publications, first = pickle.loads(message)
-        part = incoming[get_tensor_model_parallel_rank()]
+        weights, adapter = self._split(incoming[get_tensor_model_parallel_rank()])
         if first:
             self._abandon()
+            self._reload, self._receiving = self._begin(weights.only), True
         try:
             with mapped_apart(), mapped(publications) as sources:
-                self._reload = self._reload or Reload(self.model_runner, self._destinations)
-                return {"checksums": self._reload.take(part, sources)}
+                checksums = write(self._places, adapter, sources)
+                return {"checksums": checksums | (self._reload.take(weights, sources) if self._reload else {})}
         except BaseException:
             self._abandon()
             raise
@@ -81,21 +96,40 @@ class WeightReceiver:
     @_answering
     def finish_receive(self) -> dict[str, Any]:
         """Answers `unwritten`: the engine's own parameters that nothing reached."""
-        if self._reload is None:
+        if not self._receiving:
             raise WeightSyncError("rollout.receive: no transfer has begun, so there is none to end")
         try:
             with mapped_apart():
-                unwritten = self._reload.finish()
+                unwritten = self._reload.finish() if self._reload else []
         except BaseException:
             self._abandon()
             raise
-        self._reload = None
+        if self._places:
+            register(self.model_runner)
+        self._reload, self._receiving = None, False
         return {"unwritten": unwritten}
+
+    def _split(self, part: Incoming) -> tuple[Incoming, Incoming]:
+        """What vLLM's layers take as weights, and what goes to the adapter's places."""
+        names = {place.parameter for place in self._places}
+        weights = tuple(filling for filling in part.fillings if filling.storage.name not in names)
+        adapter = tuple(filling for filling in part.fillings if filling.storage.name in names)
+        return replace(part, fillings=weights), replace(part, fillings=adapter)
+
+    def _begin(self, only: frozenset[str] | None) -> Reload | None:
+        """None where nothing but the adapter comes. A reload wakes layers whose memory may hold anything."""
+        every = self._destinations.targets.keys()
+        names = every if only is None else every & only
+        if not names:
+            return None
+        if self._places:
+            clear(self.model_runner)
+        return Reload(self.model_runner, self._destinations, names)
 
     def _abandon(self) -> None:
         if self._reload is not None:
             self._reload.abandon()
-        self._reload = None
+        self._reload, self._receiving = None, False
 
     @_answering
     def read_back(self, message: bytes) -> dict[str, Any]:
@@ -103,5 +137,8 @@ class WeightReceiver:
         from vllm.distributed import get_tensor_model_parallel_rank
 
         incoming, publications, shapes = pickle.loads(message)
-        part = incoming[get_tensor_model_parallel_rank()]
-        return read_back(self.model_runner.get_model(), self._loads, shapes, part, publications)
+        weights, adapter = self._split(incoming[get_tensor_model_parallel_rank()])
+        answer = read_back(self.model_runner.get_model(), self._loads, shapes, weights, publications)
+        with mapped(publications) as sources:
+            answer["differences"] += compare(self._places, adapter, sources)
+        return answer

@@ -47,15 +47,17 @@ class TrainEngine(Protocol):
 
     def layout(self) -> Layout:
         """Which slice of which parameter this rank holds: `ranks` is this rank alone, shapes are of the whole model,
-        names those of `state_dict`, `lm_head.weight` included even when tied. The same before and after training."""
+        names those of `state_dict`, `lm_head.weight` included even when tied; an adapter's A and B are parameters of
+        their own, and the weights beside them plain. The same before and after training."""
+        ...
+
+    def fixed(self) -> frozenset[str]:
+        """The layout's parameters that training never changes."""
         ...
 
     def storages(self) -> Mapping[str, Tensor]:
         """The layout's tensors by storage name, flat, contiguous and live: the optimizer writes them in place, so what
-        is put into shared memory once (`untyped_storage().share_memory_()`) goes on being trained there.
-
-        Weights that an adapter is merged into are copies, in memory that is the same at every call and is brought up to
-        date by the call alone: call before every transfer, on all ranks (ZeRO 3 gathers such a layer at a time). After
+        is put into shared memory once (`untyped_storage().share_memory_()`) goes on being trained there. After
         `offload` of the weights and `onload` the memory is other memory."""
         ...
 

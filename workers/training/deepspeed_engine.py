@@ -23,6 +23,7 @@ from workers.training.engine import DataParallelEngine, Work
 from workers.training.layout_reader import LayoutReader
 from workers.training.microbatch import MicroBatch
 from workers.training.modeling import ModelKind
+from workers.training.offload import move_loaded_states
 from workers.training.optimizer import learning_rate, make_optimizer
 from workers.training.rng import load_rng, save_rng
 from workers.training.settings import EngineSettings
@@ -240,6 +241,7 @@ class DeepSpeedEngine(DataParallelEngine):
             str(folder), tag=_TAG, load_lr_scheduler_states=False,
             custom_load_fn=_load_what_trains if self.scorer.adapter else None,
         )  # fmt: skip
+        move_loaded_states(self.optimizer)
         self.steps = client_state["steps"]
         load_rng(folder, self.coordinates.rank, self.device)
 

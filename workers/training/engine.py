@@ -177,6 +177,10 @@ class DataParallelEngine(ABC):
         """See `TrainEngine.layout`."""
         return self.reader.layout()
 
+    def fixed(self) -> frozenset[str]:
+        """See `TrainEngine.fixed`."""
+        return self.reader.fixed()
+
     def storages(self) -> Mapping[str, Tensor]:
         """See `TrainEngine.storages`."""
         self.refuse_offloaded("storages", WEIGHTS)

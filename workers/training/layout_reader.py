@@ -1,6 +1,7 @@
 """What one rank of a training engine holds, as a layout, and the live tensors that this layout speaks of.
 
-Every parameter of the model, a buffer or a value head too, has one storage under its own name. Where it is sharded by
+Every parameter of the model, a buffer or a value head too, has one storage under its own name; an adapter's A and B are
+parameters beside the weights, which stay as they are. Where it is sharded by
 nothing the storage is the parameter itself, seen flat; under ZeRO 3 it is this rank's flat partition with its padding.
 Tied parameters are two storages on the same memory: sources may be.
 """
@@ -8,10 +9,8 @@ Tied parameters are two storages on the same memory: sources may be.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybridflow.controller.coordinates import Coordinates
 from hybridflow.errors import WeightSyncError
@@ -22,15 +21,11 @@ from workers.training.modeling import Scorer
 
 @dataclass(frozen=True)
 class _Held:
-    """One parameter on this rank. live: what trains. shape: of the rank's tensor before ZeRO, () for a number.
-
-    layer: the adapter's layer that is merged into it; None where the live tensor is the weight itself.
-    """
+    """One parameter on this rank. shape: of the rank's tensor before ZeRO, () for a number."""
 
     name: str
     live: Tensor
     shape: tuple[int, ...]
-    layer: Any
     cut: Cut | None
 
     @property
@@ -46,7 +41,6 @@ class LayoutReader:
         self.scorer = scorer
         self.coordinates = coordinates
         self.cuts = cuts or {}
-        self._merged: dict[str, Tensor] = {}
 
     def layout(self) -> Layout:
         """See `TrainEngine.layout`."""
@@ -64,16 +58,22 @@ class LayoutReader:
             builder.close()
         return builder.build([rank])
 
-    @torch.no_grad()
     def storages(self) -> dict[str, Tensor]:
         """See `TrainEngine.storages`."""
-        return {one.name: self._flat(one) if one.layer is None else self._merge(one) for one in self._held()}
+        return {one.name: self._flat(one) for one in self._held()}
+
+    def fixed(self) -> frozenset[str]:
+        """See `TrainEngine.fixed`. A buffer may be changed by a forward pass."""
+        live = self.scorer.live()
+        return frozenset(
+            n for n, tensor in live.items() if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        )
 
     def _held(self) -> list[_Held]:
         found = []
-        for name, (live, layer) in self.scorer.live().items():
+        for name, live in self.scorer.live().items():
             shape = tuple(getattr(live, "ds_shape", live.shape))
-            one = _Held(name, live, shape, layer, self.cuts.get(name))
+            one = _Held(name, live, shape, self.cuts.get(name))
             self._refuse_odd(one)
             found.append(one)
         return found
@@ -109,24 +109,6 @@ class LayoutReader:
         part = one.live if one.partition is None else one.partition
         assert part.is_contiguous(), one.name
         return part.detach().view(-1)
-
-    def _merge(self, one: _Held) -> Tensor:
-        """The weight with the adapter in it, in memory that is the same at every call."""
-        assert self.scorer.adapter is not None
-        size = prod(one.shape) if one.partition is None else one.partition.numel()
-        place = self._merged.get(one.name)
-        if place is None or place.device != one.live.device:
-            place = self._merged[one.name] = torch.zeros(size, dtype=one.live.dtype, device=one.live.device)
-        start, stop = self._part(one)
-        if one.partition is None:
-            place.copy_(self.scorer.adapter.with_delta(one.layer, one.live).flatten())
-            return place
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([one.live, *self.scorer.adapter.parts(one.layer)]):
-            whole = self.scorer.adapter.with_delta(one.layer, one.live).flatten()
-        place[: stop - start].copy_(whole[start:stop])
-        return place
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -88,6 +88,15 @@ class Adapter:
             for part in _PARTS
         }
 
+    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`state` of the whole model, whose weights have plain names, and after them every A and B under the name of
+        its layer (`part_names`). A frozen copy of the adapter is left out."""
+        found = {name: tensor for name, (tensor, _) in self.plain(state).items()}
+        for name, layer in self.layers.items():
+            parts = (getattr(layer, part)[ACTIVE].weight for part in _PARTS)
+            found |= dict(zip(part_names(name), parts, strict=True))
+        return found
+
     @torch.no_grad()
     def merged(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`state` of the whole model as a model without an adapter has it: plain names, and W + scale B A, summed in
@@ -107,10 +116,6 @@ class Adapter:
             elif name.partition(".lora_")[0] not in self.layers:
                 plain[name] = tensor, None
         return plain
-
-    def parts(self, layer: Any) -> list[Tensor]:
-        """The live A and B of a layer."""
-        return [getattr(layer, part)[ACTIVE].weight for part in _PARTS]
 
     def with_delta(self, layer: Any, weight: Tensor) -> Tensor:
         """W + scale B A in a new tensor, summed in float32 at least."""
@@ -178,6 +183,11 @@ def target_modules(hf: PreTrainedModel, settings: LoraSettings) -> list[str]:
                 f"are {', '.join(sorted(last))}{did_you_mean(wanted, sorted(last))}"
             )
     return list(settings.target_modules)
+
+
+def part_names(layer: str) -> tuple[str, str]:
+    """Of A and B, as layouts of trainers and engines have them."""
+    return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
 
 
 def _module_name(tensor: str) -> str:

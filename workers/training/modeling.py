@@ -127,10 +127,10 @@ class Scorer(nn.Module):
         found = self.named_tensors()
         return self.adapter.merged(found) if self.adapter else found
 
-    def live(self) -> dict[str, tuple[Tensor, Any]]:
-        """What `weights` is made of: each live tensor, and the adapter's layer to be merged into it or None."""
+    def live(self) -> dict[str, Tensor]:
+        """What `weights` is made of, as live tensors: an adapter's A and B are beside the weights."""
         found = self.named_tensors()
-        return self.adapter.plain(found) if self.adapter else {name: (tensor, None) for name, tensor in found.items()}
+        return self.adapter.named(found) if self.adapter else found
 
     def adapter_weights(self) -> dict[str, Tensor]:
         """The live tensors of the adapter under peft's names; empty where there is none."""

@@ -97,6 +97,14 @@ class Stash:
             window = window[count:]
 
 
+def move_loaded_states(optimizer: torch.optim.Optimizer) -> None:
+    """Into memory of their own: that of tensors which `torch.load` made cannot be emptied."""
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and not value.untyped_storage().resizable():
+                state[key] = value.clone()
+
+
 def memories(tensors: Iterable[Tensor]) -> list[UntypedStorage]:
     """The tensors' memory, each once."""
     found = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}

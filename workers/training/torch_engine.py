@@ -19,6 +19,7 @@ from workers.training.device import join_process_group
 from workers.training.engine import DataParallelEngine
 from workers.training.microbatch import MicroBatch
 from workers.training.modeling import ModelKind
+from workers.training.offload import move_loaded_states
 from workers.training.optimizer import learning_rate, make_optimizer
 from workers.training.rng import load_rng, save_rng
 from workers.training.settings import EngineSettings
@@ -152,6 +153,7 @@ class TorchEngine(DataParallelEngine):
             master.copy_(state["weights"][name])
         self._copy_masters()
         self.optimizer.load_state_dict(state["optimizer"])
+        move_loaded_states(self.optimizer)
         self.steps = state["steps"]
         load_rng(folder, self.coordinates.rank, self.device)
 

@@ -13,6 +13,7 @@ from hybridflow.resharding.layout import Storage
 from hybridflow.resharding.proofs import verify
 from hybridflow.resharding.published import publish
 from hybridflow.resharding.shards import build_layout, grid
+from hybridflow.resharding.transport import Taken
 from tests.workers.generation.conftest import VOCABULARY
 from tests.workers.generation.trainer import Trainer, incoming, receive, slices
 from workers.generation.base import Request, Sampling
@@ -79,6 +80,42 @@ def test_updates_arrive_exactly(case):
         exact = case.trainer.logprobs([*request.prompt, *sample.tokens])[len(request.prompt) - 1 :]
         assert sample.logprobs == pytest.approx(exact, abs=1e-5)
         assert set(sample.versions) == {NUM_UPDATES}
+
+
+def one_by_one(case):
+    """As many parts as storages: the layers of vLLM are filled from several of them."""
+    parts = incoming(case.plan)
+    for name in dict.fromkeys(filling.storage.name for part in parts for filling in part.fillings):
+        some = [tuple(filling for filling in part.fillings if filling.storage.name == name) for part in parts]
+        yield Taken(
+            tuple(replace(part, fillings=fillings) for part, fillings in zip(parts, some, strict=True)),
+            tuple(case.trainer.publications),
+        )
+
+
+@everywhere
+def test_weights_come_in_many_parts(case):
+    case.trainer.update(seed=7)
+    receipt = case.engine.receive(1, incoming(case.plan), one_by_one(case), PROBE)
+    prove(case, receipt)
+    assert set(receipt.checksums) == set(range(len(case.plan.moves)))
+    assert case.engine.read_back(incoming(case.plan), case.trainer.publications).differences == ()
+
+
+@everywhere
+def test_parts_that_end_half_way_leave_nothing_behind_for_the_next_receive(case):
+    """In the middle of layer 1's q, k and v."""
+    case.trainer.update(seed=6)
+
+    def some():
+        for taken in one_by_one(case):
+            if taken.incoming[0].fillings[0].storage.name == "model.layers.1.self_attn.v_proj.weight":
+                raise WeightSyncError("a bucket is lost")
+            yield taken
+
+    with pytest.raises(WeightSyncError, match="a bucket is lost"):
+        case.engine.receive(1, incoming(case.plan), some(), PROBE)
+    refuses_until_a_good_receive(case)
 
 
 @in_dense_engines

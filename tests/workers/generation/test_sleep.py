@@ -9,7 +9,7 @@ import pytest
 
 from hybridflow.errors import WeightSyncError
 from tests.workers.generation.conftest import TinyModel
-from tests.workers.generation.trainer import Trainer, incoming
+from tests.workers.generation.trainer import Trainer, incoming, receive
 from workers.generation.base import Request, Sampling
 
 PROBE = [3, 4, 5, 6]
@@ -27,15 +27,15 @@ def trainer(engine: Any, tied: TinyModel) -> Any:
     """Its weights are in the engine at the beginning and at the end."""
     made = Trainer(tied.model)
     parts = incoming(made.plan(engine))
-    engine.receive(1, parts, made.publications, PROBE)
+    receive(engine, 1, parts, made.publications, PROBE)
     yield made
-    engine.receive(1, parts, made.publications, PROBE)
+    receive(engine, 1, parts, made.publications, PROBE)
 
 
 def test_an_engine_that_slept_serves_what_it_received(engine: Any, trainer: Trainer) -> None:
     before, parts = drawn(engine), incoming(trainer.plan(engine))
     trainer.update(seed=5)
-    engine.receive(2, parts, trainer.publications, PROBE)
+    receive(engine, 2, parts, trainer.publications, PROBE)
     updated = drawn(engine)
     assert updated != before
     trainer.update(seed=6)
@@ -46,13 +46,13 @@ def test_an_engine_that_slept_serves_what_it_received(engine: Any, trainer: Trai
     engine.wake_weights()
     with pytest.raises(WeightSyncError, match=r"asleep|did not survive"):
         engine.resume()
-    assert engine.receive(3, parts, trainer.publications, []).probe_logprobs == []
+    assert receive(engine, 3, parts, trainer.publications, []).probe_logprobs == []
     engine.wake_cache()
     assert engine.probe(PROBE) == pytest.approx(trainer.logprobs(PROBE), abs=1e-4)
     engine.resume()
     assert not engine.read_back(parts, trainer.publications).differences
     slept = drawn(engine)
-    engine.receive(3, parts, trainer.publications, PROBE)
+    receive(engine, 3, parts, trainer.publications, PROBE)
     assert drawn(engine) == slept != updated
 
 
@@ -81,5 +81,5 @@ def test_hugging_face_weights_are_really_away(hf_engine: Any, tied: TinyModel) -
     hf_engine.sleep()
     assert sum(parameter.untyped_storage().nbytes() for parameter in hf_engine._model.parameters()) == 0
     hf_engine.wake_weights()
-    hf_engine.receive(1, parts, trainer.publications, PROBE)
+    receive(hf_engine, 1, parts, trainer.publications, PROBE)
     assert not hf_engine.read_back(parts, trainer.publications).differences

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from hybridflow.errors import WeightSyncError
+from hybridflow.resharding.boxes import three_axes
 from hybridflow.resharding.layout import Parameter
-from workers.generation.slices import box_of, layout_of, merged, place, view_of
+from workers.generation.slices import box_of, in_storage, layout_of, merged, parts, place, view_of
 
 MATRIX = torch.arange(24.0).reshape(4, 6)
 EXPERTS = torch.arange(60.0).reshape(3, 4, 5)
@@ -62,3 +63,26 @@ def test_a_layout_has_one_storage_a_parameter_and_rank_that_holds_some_of_it():
 def test_a_parameter_that_no_rank_holds_completely_is_named():
     with pytest.raises(WeightSyncError, match="a: the engine's tensor ranks load 12 of its 24 elements"):
         layout_of([Parameter("a", (4, 6))], [{"a": [((0, 0, 0), (2, 6, 1))]}] * 2)
+
+
+@pytest.mark.parametrize(
+    ("whole", "boxes", "views"),
+    [
+        (MATRIX, [((1, 0, 0), (3, 6, 1))], [MATRIX[1:3], MATRIX[2], MATRIX[1:3, 2:4], MATRIX[1:3].view(-1)]),
+        (MATRIX, [((0, 2, 0), (4, 5, 1))], [MATRIX[:, 2:5], MATRIX[1:, 3:4], MATRIX[:, 2:5].t(), MATRIX[3, 2:5]]),
+        (EXPERTS, [((0, 0, 0), (3, 1, 5)), ((0, 2, 0), (3, 4, 5))], [EXPERTS[1, :1], EXPERTS[2, 2:], EXPERTS[:, 3]]),
+        (EXPERTS, [((0, 0, 2), (3, 4, 5))], [EXPERTS[1, :, 3:], EXPERTS[2, 1, 2:], EXPERTS[:, :, 2:5]]),
+    ],
+)
+def test_a_view_of_a_parameter_is_one_of_the_storage_that_holds_its_boxes(whole, boxes, views):
+    axes = whole.view(three_axes(whole.shape))
+    storage = torch.cat([axes[a:x, b:y, c:z].reshape(-1) for (a, b, c), (x, y, z) in boxes])
+    assert sum(part.numel() for _, part in parts(boxes, storage)) == storage.numel()
+    for view in views:
+        offset, size, stride = in_storage(whole.shape, boxes, view_of(view))
+        assert torch.equal(storage.as_strided(size, stride, offset), view)
+
+
+def test_a_view_outside_of_all_boxes_is_a_bug():
+    with pytest.raises(AssertionError, match="is in none of"):
+        in_storage(MATRIX.shape, [((1, 0, 0), (3, 6, 1))], view_of(MATRIX[:1]))

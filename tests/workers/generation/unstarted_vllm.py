@@ -9,21 +9,20 @@ from typing import Any
 
 import torch
 
-from hybridflow.resharding.boxes import Box
 from hybridflow.resharding.layout import Layout, Parameter
 from workers.generation.model_folder import weight_shapes
 from workers.generation.slices import layout_of
-from workers.generation.vllm_loaders import boxes_of, record_loads, unloaded
+from workers.generation.vllm_loaders import Load, boxes_of, record_loads, unloaded
 
 
 def unstarted_layout(folder: Path, tensor: int) -> Layout:
     """What a live engine of this folder with so many tensor ranks would answer."""
     shapes = weight_shapes(folder)
-    ranks = [_boxes(folder, shapes, rank, tensor) for rank in range(tensor)]
+    ranks = [boxes_of(unstarted_loads(folder, shapes, rank, tensor), shapes) for rank in range(tensor)]
     return layout_of([Parameter(name, shape) for name, shape in shapes.items()], ranks)
 
 
-def _boxes(folder: Path, shapes: Mapping[str, tuple[int, ...]], rank: int, tensor: int) -> dict[str, list[Box]]:
+def unstarted_loads(folder: Path, shapes: Mapping[str, tuple[int, ...]], rank: int, tensor: int) -> list[Load]:
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -35,7 +34,7 @@ def _boxes(folder: Path, shapes: Mapping[str, tuple[int, ...]], rank: int, tenso
             model = initialize_model(config)
         loads = record_loads(model, config.model_config, shapes, torch.float32)
         assert not list(unloaded(model, loads))
-    return boxes_of(loads, shapes)
+    return loads
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class Ranks:
         again = engine.storages()
         assert {name: tensor.data_ptr() for name, tensor in again.items()} == memory, "the tensors moved"
         assert all(torch.equal(again[name], storages[name]) for name in storages), "the tensors were not live"
-        state = {key: tensor.clone() for key, tensor in engine.state_dict().items()}
+        state = {key: tensor.clone() for key, tensor in engine.whole(engine.scorer.live).items()}
         file = self.folder / f"{name}-{self.at.shape.tensor}x{self.at.shape.data}-{self.at.rank}.pt"
         torch.save({"layout": layout, "storages": storages, "state": state}, file)
 

@@ -328,3 +328,21 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny: Path, tmp_path: Path) -> 
     file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": True}))
     with pytest.raises(ConfigError, match="use_dora=True; allowed: plain LoRA"):
         engine(tiny, lora={"init_from": adapter})
+
+
+def test_the_adapter_is_beside_the_frozen_weights_in_the_layout_and_nothing_is_copied(tiny: Path) -> None:
+    built = trained(tiny)
+    plain = set(AutoModelForCausalLM.from_pretrained(tiny).state_dict())
+    layout, storages = built.layout(), built.storages()
+    names = {parameter.name for parameter in layout.parameters}
+    assert names - plain == {
+        name.removeprefix("base_model.model.") for name in built.scorer.adapter_weights()
+    } and plain <= names  # fmt: skip
+    assert built.fixed() == plain
+    held = {tensor.untyped_storage().data_ptr() for tensor in built.scorer.state_dict(keep_vars=True).values()}
+    held |= {tensor.untyped_storage().data_ptr() for tensor in built.scorer.parameters()}
+    assert {tensor.untyped_storage().data_ptr() for tensor in storages.values()} <= held
+    assert engine(tiny, lora=None).fixed() == frozenset()
+    frozen = engine(tiny, lora=None)
+    frozen.scorer.hf.get_input_embeddings().requires_grad_(False)  # tied: both names stand still
+    assert frozen.fixed() == {"model.embed_tokens.weight", "lm_head.weight"}
