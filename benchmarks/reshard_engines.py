@@ -74,7 +74,10 @@ def _moved(policy: PolicySync, transport: Transport) -> tuple[int, int]:
     policy._route = replace(policy.route(), transport=transport)
     came = int(policy.sync()["sync/bytes"].value)
     packed = [offer.num_bytes for offer in policy.actor.offer().result() if isinstance(offer, Packed)]
-    return sum(packed) if packed else came, came
+    published = sum(
+        checksum.num_bytes for sums, _ in policy.actor.prove(policy.probe).result() for checksum in sums.values()
+    )
+    return sum(packed) if packed else published, came
 
 
 def _model(folder: Path) -> str:

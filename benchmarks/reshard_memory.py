@@ -4,15 +4,16 @@
 
 The real thing: a DeepSpeed actor on Ray, vLLM engines, `PolicySync`; a Qwen2 of 56 million float32 parameters (214 MiB)
 with random weights, an optimizer step before every sync. Each process's private memory (RssAnon) and shared memory of
-its own making (blocks of `/dev/shm/torch_<its pid>_*`) are sampled from outside every few milliseconds. `first` is the
-first sync's most above what the process held when it began, `later` the same of the others (for the engine's
-processes, which do nothing else, above what they held before the first), `left` what is left of it at the end.
-`route` is what moving a training rank's weights into shared memory takes, once, before the first optimizer step.
+its own making (blocks of `/dev/shm/torch_<its pid>_*`) are sampled from outside every few milliseconds.
+
+An engine's processes: the most above what they held before the first sync, over the `first` and the `later` ones, and
+what is `left` of it at the end. A training rank: the most above what it held before, while it offers its weights and
+computes their checksums; beside it the whole sync, which runs the model on the probe (ZeRO 3 gathers weights for that),
+and the `route`: weights are moved into shared memory once, before the first optimizer step.
 
 Bars: a bucket and 10 % in a training rank and in the engine's host; in vLLM's processes twice the largest layer more.
-The trainer's proof runs the model on the probe: what that takes by itself is measured beside, as `forward`, and taken
-off a training rank's extra. The object store's own memory is the node's: with it the whole of what is sent lies there
-once. Exits with 1 where a bar is missed; ends with `ratio <least bar / extra>`.
+The object store's own memory is the node's: all that is sent lies there once. Exits with 1 where a bar is missed; ends
+with `ratio <least bar / extra>`.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from hybridflow.batch_ref import BatchRef
 from hybridflow.controller.coordinates import Shape
 from hybridflow.controller.dispatch import dispatch
 from hybridflow.controller.ray_runtime import RayRuntime
+from hybridflow.resharding.incoming import expected_checksums
 from hybridflow.resharding.transport import PublishedMemory, ThroughStore, Transport
 from hybridflow.schedule.policy_sync import PolicySync, plan_route
 from workers.actor import ActorWorker
@@ -80,6 +82,10 @@ class Actor(ActorWorker):
     @dispatch("ONE_TO_ALL")
     def pid(self) -> int:
         return os.getpid()
+
+    @dispatch("ONE_TO_ALL")
+    def checksums(self) -> None:
+        expected_checksums(self._outgoing, self._offered)
 
 
 class Rollout(RolloutWorker):
@@ -187,11 +193,11 @@ class Bench:
             self.policy.use(route)
         return peaks
 
-    def forward(self) -> Peaks:
-        """What the trainer's pass over the probe takes without a sync."""
-        rows = BatchRef.put(Batch({"tokens": Ragged.from_rows([PROBE] * 2, torch.int64)}), self.runtime.store)
+    def sent(self) -> Peaks:
+        """Offered, and the checksums computed; the trainer's pass over the probe left out."""
         with Peaks(self.trainers) as peaks:
-            self.actor.logprobs(rows, 1.0, "logprobs").result()
+            self.actor.offer().result()
+            self.actor.checksums().result()
         return peaks
 
     def synced(self) -> Peaks:
@@ -206,26 +212,24 @@ class Bench:
 def report(bench: Bench, label: str, transport: Transport, num_syncs: int) -> float:
     """Prints a line a process; the least bar over extra."""
     prepared = bench.route_made(transport)
-    bench.update()
-    forward = bench.forward()
-    found: list[Peaks] = []
+    found: list[tuple[Peaks, Peaks]] = []
     for _ in range(num_syncs):
-        found.append(bench.synced())
         bench.update()
-    least = float("inf")
+        found.append((bench.sent(), bench.synced()))
+    least, start = float("inf"), found[0][1].start
     for name in bench.trainers | bench.engine:
-        alone, beside = 0, ""
         if name in bench.trainers:
-            alone = forward.extra(name)
-            beside = f"forward {alone / MIB:5.1f}  route {prepared.extra(name) / MIB:6.1f}"
-        starts = [peaks.start[name] if name in bench.trainers else found[0].start[name] for peaks in found]
-        extra = [max(0, peaks.most[name] - start - alone) for peaks, start in zip(found, starts, strict=True)]
-        left = found[-1].end[name] - starts[-1]
+            extra = [sent.extra(name) for sent, _ in found]
+            whole = max(synced.extra(name) for _, synced in found)
+            beside = f"with the model's forward pass {whole / MIB:6.1f}, route {prepared.extra(name) / MIB:6.1f}"
+        else:
+            extra = [synced.most[name] - start[name] for _, synced in found]
+            beside = f"left {(found[-1][1].end[name] - start[name]) / MIB:5.1f}"
         share = bench.bar(name) / max(*extra, 1)
         least = min(least, share)
         print(
-            f"{label:<24} {name:<22} first {extra[0] / MIB:6.1f}  later {max(extra[1:]) / MIB:6.1f}  left "
-            f"{left / MIB:6.1f}  {beside}  bar {bench.bar(name) / MIB:6.1f} MiB{'  MISSED' if share < 1 else ''}",
+            f"{label:<20} {name:<20} first {extra[0] / MIB:5.1f}  later {max(extra[1:]) / MIB:5.1f}  bar "
+            f"{bench.bar(name) / MIB:5.1f} MiB  {beside}{'  MISSED' if share < 1 else ''}",
             flush=True,
         )
     return least

@@ -176,7 +176,7 @@ def _engine(config: RunConfig) -> Held | None:
         weights=(sum(sizes) + adapter) * itemsize,
         cache=_hf_cache(config, decoder) if hf else int(getattr(config.rollout, "kv_cache_gib", 0.0) * 2**30),
         in_flight=2 * max(layers.values()) * itemsize,
-        sleeps=engines_sleep(config) and (hf or on_gpus(config, "rollout")),
+        sleeps=engines_sleep(config) and (on_gpus(config, "rollout") or (hf and actor_adapter(config) is None)),
     )
 
 

@@ -135,6 +135,12 @@ def _served_adapter(config: RunConfig, problems: Problems) -> None:
     if rank > most and getattr(config.rollout, "engine", None) != "hf":
         text = f"found {rank}; the LoRA layers of rollout.engine=vllm have ranks up to {most}: allowed 1 to {most}"
         problems.add(f"{engine_key(config, 'actor')}.lora.rank", f"{text}, or rollout=hf")
+    place, facts = config.place("rollout"), role_facts(config, "rollout")
+    on_cpu = place is not None and config.placement.pools[place.pool].gpus_per_rank == 0
+    experts = facts.get("num_local_experts") or facts.get("num_experts")
+    if rank and on_cpu and experts and getattr(config.rollout, "engine", None) != "hf":
+        text = f"found one, and a model of {experts} experts, which vLLM on a CPU cannot run beside an adapter"
+        problems.add(f"{engine_key(config, 'actor')}.lora", f"{text}: allowed null, or rollout=hf")
 
 
 def _function(place: RolePlacement, key: str, problems: Problems) -> None:

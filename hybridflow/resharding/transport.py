@@ -116,7 +116,7 @@ def choose_transport(
 @dataclass(frozen=True)
 class PublishedMemory:
     """All on one node: the offer says where the live weights are. They are moved into shared memory beforehand: one
-    memory after another, each held twice meanwhile, and ZeRO 1 and 2 have all of a rank's weights in one."""
+    memory after another, each held twice meanwhile, and ZeRO has all of a rank's weights in one."""
 
     def prepare(self, outgoing: Outgoing, storages: Mapping[str, Tensor]) -> None:
         refuse_other_tensors(outgoing.storages, storages, "send: source")
@@ -267,7 +267,7 @@ class _Stream:
             start, stop = self._starts[row], self._starts[row] + moves[row].num_bytes
             while start < stop:
                 index = bisect_right(self._ends, start)
-                begin = self._ends[index] - (self._size(index))
+                begin = self._ends[index] - self._size(index)
                 if index != opened:
                     opened, bucket = index, self._opened(index, store)
                 end = min(stop, self._ends[index])

@@ -45,20 +45,17 @@ class Phases:
         self.policy, self.rollout, self.settings, self.source = policy, rollout, settings, source
         self._offloading = {name: trainers[name] for name, parts in settings.offload.items() if parts}
         self._training = False
+        self._away = bool(self._offloading)  # as far as is known
 
     def train(self) -> None:
         """Trained roles hold all that is theirs; engines sleep where they are to."""
-        if self._training:
-            return
-        if self.settings.sleep:
+        if not self._training and self.settings.sleep:
             route = self.policy.route()  # reads layouts, of engines that must be awake for it
             with span("sleep"):
                 self.rollout.pause().result()
                 # What training never changes is sent once, so it must outlast the sleep.
                 (self.rollout.sleep(True) if route.later else self.rollout.sleep()).result()
-        if self._offloading:
-            with span("onload"):
-                gather([trainer.onload() for trainer in self._offloading.values()])
+        self._onload()
         self._training = True
 
     def sync(self) -> Metrics:
@@ -75,14 +72,16 @@ class Phases:
         if not self._training:
             return
         if self.settings.sleep:
-            self.restore(self.policy.version)
+            self._generate(self.policy.resend)
             return
         self._offload_all_but_source()
         self._offload_source()
         self._training = False
 
     def _generate(self, deliver: Callable[[Callable[[], None] | None], T]) -> T:
-        """A transfer that fails raises and leaves the phase as it is: it may be tried again."""
+        """A transfer that fails raises, and the phase is still training: it may be tried again, or the state saved once
+        `train` has brought back what has left by then."""
+        self._onload()
         self._offload_all_but_source()
         if not self.settings.sleep:
             result = deliver(None)
@@ -101,6 +100,12 @@ class Phases:
         with span("wake"):
             self.rollout.wake_cache().result()
 
+    def _onload(self) -> None:
+        if self._away:
+            with span("onload"):
+                gather([trainer.onload() for trainer in self._offloading.values()])
+        self._away = False
+
     def _offload_all_but_source(self) -> None:
         """All that is to leave, but for the weights that are still to be sent."""
         self._offload(lambda name, part: (name, part) != (self.source, "weights"))
@@ -111,5 +116,6 @@ class Phases:
     def _offload(self, wanted: Callable[[str, MemoryPart], bool]) -> None:
         parts = {n: [part for part in self.settings.offload[n] if wanted(n, part)] for n in self._offloading}
         if any(parts.values()):
+            self._away = True
             with span("offload"):
                 gather([self._offloading[name].offload(found) for name, found in parts.items() if found])

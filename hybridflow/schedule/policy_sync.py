@@ -108,8 +108,15 @@ class PolicySync:
         loaded: called when all engines have proved that the weights are in their memory, before the log-probs of the
         probe are asked for: what waits for that moment, such as caches that the forward pass needs.
         """
+        return self._deliver(self.version + 1, self._changing(), loaded)
+
+    def resend(self, loaded: Callable[[], None] | None = None) -> None:
+        """As `sync`, under the version as it is: for engines that have lost what training changes, and that alone."""
+        self._deliver(self.version, self._changing(), loaded)
+
+    def _changing(self) -> Route:
         route = self.route()
-        return self._deliver(self.version + 1, route.later or route if self._in_place else route, loaded)
+        return route.later or route if self._in_place else route
 
     def read_back(self) -> tuple[str, ...]:
         """Raise WeightSyncError unless every engine computes with the actor's weights, bit for bit. Answers the

@@ -29,6 +29,14 @@ CASES = {
     },
     "1 bfloat16": {"zero_stage": 1, "dtype": "bfloat16"},
     "3 bfloat16": {"zero_stage": 3, "dtype": "bfloat16"},
+    "0 lora": {"zero_stage": 0, "lora": {"rank": 2}},
+    "1 lora": {"zero_stage": 1, "lora": {"rank": 2}},
+    "3 lora": {"zero_stage": 3, "lora": {"rank": 2}},
+    "3 lora sharded": {
+        "zero_stage": 3,
+        "lora": {"rank": 2},
+        "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+    },
 }
 
 
@@ -66,11 +74,12 @@ def unique_bytes(tensors: Iterable[torch.Tensor], known: Iterable[torch.Tensor] 
 
 
 def held(settings: EngineSettings, folder: Path, coordinates: Coordinates) -> dict[str, int]:
-    """After one step."""
+    """After one step, and after the weights have been offered to engines."""
     engine: Any = build_engine(folder, settings, coordinates, "causal_lm", trainable=True)
     engine.train([(batch(), Surprise())])
     parameters = list(engine.scorer.parameters())
     weights = [p.data for p in parameters] + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
+    weights += engine.storages().values()
     outer = engine.optimizer
     inner = getattr(outer, "optimizer", outer)
     masters = list(getattr(outer, "fp32_partitioned_groups_flat", []))

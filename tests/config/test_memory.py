@@ -135,6 +135,14 @@ def test_an_engine_on_a_gpu_sleeps_while_others_train() -> None:
     }
 
 
+def test_an_hf_engine_on_a_cpu_keeps_the_weights_that_are_sent_once() -> None:
+    given = ["rollout=hf", "engine=torch", "schedule.sleep=always"]
+    for adapter, sleeps in (([], True), (["+actor.engine.lora={rank: 4}"], False)):
+        found = held(small(*given, *adapter), "rollout", "actor")
+        assert found is not None and found.sleeps == sleeps
+        assert found.phases["training"] == (0 if sleeps else found.weights + found.cache)
+
+
 def test_gradients_are_gone_after_the_step_where_the_engine_frees_them() -> None:
     for engine, kept in ((["engine=torch"], True), (["engine.zero_stage=2"], False), (["engine.zero_stage=3"], True)):
         found = held(small(*engine), "actor", "actor")
@@ -204,6 +212,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, i
 def test_the_table_is_what_deepspeed_holds(case: str, real: list[dict[str, dict[str, int]]]) -> None:
     fields = dict(memory_ranks.CASES[case])
     given = [SHARDED] if fields.pop("deepspeed", None) else []
+    given += [ADAPTER] if fields.pop("lora", None) else []
     found = held(small(*given, *(f"engine.{name}={value}" for name, value in fields.items())), "actor", "actor")
     assert found is not None
     for rank in real:

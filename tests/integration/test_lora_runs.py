@@ -49,10 +49,11 @@ def test_grpo_with_a_kl_loss_has_no_second_model_and_resumes_exactly(train: Call
     steps = train(tmp_path / "whole", *common, "trainer.steps=2")
     assert len(steps) == 2
     assert abs(steps[0]["actor/kl_loss"]) < 1e-6 < 1e-5 < steps[1]["actor/kl_loss"]
-    assert max(step["rollout/logratio_max"] for step in steps) < 1e-4  # the engine holds the merged weights
+    assert max(step["rollout/logratio_max"] for step in steps) < 1e-4  # the engine has the adapter of its step
     assert [step["sync/version"] for step in steps] == [1, 2]
     saved = torch.load(tmp_path / "whole/checkpoints/step-000002/actor/engine.pt")["weights"]
     assert saved and all(".lora_" in name for name in saved)
+    assert {step["sync/bytes"] for step in steps} == {sum(tensor.nbytes for tensor in saved.values())}
     assert sorted(path.name for path in (tmp_path / "whole/checkpoints/step-000002").iterdir() if path.is_dir()) == [
         "actor"
     ]

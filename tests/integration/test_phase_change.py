@@ -53,6 +53,15 @@ def test_a_run_is_the_same_with_validations_checkpoints_and_export_between(
     assert not same_weights(tmp_path / "run", with_initial(tmp_path / "run"))
 
 
+def test_an_adapters_run_is_the_same_and_its_engines_keep_what_is_sent_once(tmp_path: Path) -> None:
+    lora = ["+actor.engine.lora={rank: 2}", "trainer.steps=2"]
+    expected = train(tmp_path / "plain", *lora)
+    found = train(tmp_path / "run", *lora, *CYCLE, "trainer.checkpoint_every=1")
+    assert found[-1]["actor/grad_norm"] == expected[-1]["actor/grad_norm"] > 0
+    assert found[-1]["sync/bytes"] == expected[-1]["sync/bytes"] > 0
+    assert same_weights(tmp_path / "run", tmp_path / "plain")
+
+
 def with_initial(run: Path) -> Path:
     """Where the model that the run began with lies as its result does."""
     beside = run.parent / "initial"

@@ -44,6 +44,7 @@ class Policy:
     calls: list[Call]
     version: int = 0
     fails: list[str] = field(default_factory=list)
+    unproven: list[str] = field(default_factory=list)
     later: Any = None
 
     def route(self) -> SimpleNamespace:
@@ -57,6 +58,10 @@ class Policy:
     def restore(self, version: int, loaded: Callable[[], None] | None = None) -> None:
         self._deliver(version, loaded)
 
+    def resend(self, loaded: Callable[[], None] | None = None) -> None:
+        self.calls.append(("resend",))
+        self._deliver(self.version, loaded)
+
     def _deliver(self, version: int, loaded: Callable[[], None] | None) -> None:
         self.calls.append(("deliver", version))
         if self.fails:
@@ -64,6 +69,8 @@ class Policy:
         if loaded:
             loaded()
             self.calls.append(("probe",))
+        if self.unproven:
+            raise WeightSyncError(self.unproven.pop())
         self.version = version
 
 
@@ -130,7 +137,8 @@ def test_weights_that_an_engine_lost_come_again_under_their_version() -> None:
     made.train()
     calls.clear()
     made.generate()
-    assert calls == to_generation(5)
+    again = to_generation(5)
+    assert calls == [*again[:3], ("resend",), *again[3:]]
     assert made.policy.version == 5
 
 
@@ -150,7 +158,20 @@ def test_a_transfer_that_fails_leaves_the_engines_paused_and_may_be_tried_again(
     assert calls == to_generation(1)[:4]
     calls.clear()
     made.sync()
-    assert calls == to_generation(1)
+    assert calls == TO_TRAINING[-2:] + to_generation(1)
+
+
+def test_after_a_proof_that_fails_last_all_is_brought_back_before_anything_else() -> None:
+    """By then the actor's weights have left too: neither a new transfer nor a checkpoint can do without them."""
+    for then, begins in (("sync", TO_TRAINING[-2:] + to_generation(1)), ("train", TO_TRAINING[-2:])):
+        made, calls = phases(ALL)
+        made.policy.unproven = ["the probe differs"]
+        made.train()
+        with pytest.raises(WeightSyncError):
+            made.sync()
+        calls.clear()
+        getattr(made, then)()
+        assert calls == begins
 
 
 def test_engines_that_stay_awake_are_left_alone() -> None:

@@ -65,6 +65,8 @@ class FakeRollout:
     seen: list[Any] = field(default_factory=list)
     holds: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     taken: list[Any] = field(default_factory=list)
+    asked: list[int] = field(default_factory=lambda: list(PROBE))
+    answers: list[float] = field(default_factory=lambda: [-1.0, -2.0])
     reads: ReadBack = field(default_factory=lambda: ReadBack(()))
 
     def layout(self) -> Done:
@@ -77,7 +79,7 @@ class FakeRollout:
 
     def receive(self, delivery: Any) -> Done:
         receipts = []
-        assert delivery.probe == tuple(PROBE)
+        assert delivery.probe == tuple(self.asked)
         for engine, (parts, transport) in enumerate(self.taken):
             taken = transport.take(parts, delivery.offers, None)
             sums: dict[int, int] = {}
@@ -87,10 +89,15 @@ class FakeRollout:
                     for name, flat, checksums in assemble(incoming, sources):
                         held[name] = flat
                         sums |= checksums
-            receipt = Receipt(sums, [-1.0, -2.00005])
+            receipt = Receipt(sums, [-1.0, -2.00005] if delivery.probe else [])
             receipts.append(self.harm(receipt) if self.harm and engine == 1 else receipt)
         self.seen.append(delivery.version)
         return Done(receipts)
+
+    def probe(self, tokens: Any) -> Done:
+        assert tokens == PROBE
+        self.seen.append("probe")
+        return Done([[-1.0, -2.00005], self.answers])
 
     def read_back(self, offers: Any) -> Done:
         assert len(offers) == 2
@@ -115,6 +122,28 @@ def test_the_version_rises_by_one_on_proof_and_every_rank_has_its_slices() -> No
     assert torch.equal(run.rollout.holds[3]["a.weight"], torch.arange(12.0, 24.0))
     run.sync()
     assert run.version == 2 and run.rollout.seen == [1, "trusted", 2, "trusted"]
+
+
+def test_what_waits_for_the_weights_comes_between_their_proof_and_the_probe() -> None:
+    """Caches of engines that slept: their forward pass needs them, and the weights must be proven before."""
+    run = policy()
+    run.rollout.asked, run.read_back_every = [], 1
+    metrics = run.sync(lambda: run.rollout.seen.append("loaded"))
+    assert run.rollout.seen == [1, "read back", "loaded", "probe", "trusted"]
+    assert metrics["sync/probe_difference_max"].value == pytest.approx(5e-5)
+    run.rollout.seen.clear()
+    run.rollout.answers = [-1.0, -2.1]
+    with pytest.raises(WeightSyncError, match="rollout rank 1: proof of probe log-probs"):
+        run.sync(lambda: run.rollout.seen.append("loaded"))
+    assert run.version == 1 and run.rollout.seen == [2, "read back", "loaded", "probe"]
+
+
+def test_nothing_comes_for_weights_that_are_not_proven() -> None:
+    run = policy(lambda receipt: Receipt({}, []))
+    run.rollout.asked = []
+    with pytest.raises(WeightSyncError, match="proof of elements written failed"):
+        run.restore(3, lambda: run.rollout.seen.append("loaded"))
+    assert run.version == 0 and run.rollout.seen == [3]
 
 
 def test_the_load_is_shared_by_equal_sources() -> None:

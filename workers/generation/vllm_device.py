@@ -11,6 +11,13 @@ from workers.generation.adapter import ServedAdapter
 from workers.generation.settings import RolloutSettings
 from workers.generation.vllm_memory import AT_START
 
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What model configs call it."""
+
+
+LEAST_SHARE = 0.01
+"""Of a GPU; what vLLM's 0.92 decides otherwise, the cache's size, is `kv_cache_gib`."""
+
 
 def cores_of(replica: int, num_workers: int, threads: int, cores: list[int]) -> str:
     """vLLM's core list for one replica: workers are separated by `|`, a worker's cores by `,`. Replica r with t workers
@@ -30,7 +37,7 @@ def environment(settings: RolloutSettings, replica: int) -> Iterator[None]:
 
     values = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
     if current_platform.is_cpu():
-        values |= AT_START
+        values |= {name: value for name, value in AT_START.items() if name not in os.environ}
         values["OMP_NUM_THREADS"] = str(settings.threads)  # two engines that spin against each other are 10 x slower
         if settings.bind_cores:
             available = sorted(os.sched_getaffinity(0))
@@ -87,6 +94,8 @@ def engine_arguments(
             arguments["distributed_executor_backend"] = "workers.generation.vllm_executor.InCoreExecutor"
     else:
         arguments["enable_sleep_mode"] = True
+        # Of a device that trainers share: vLLM starts only where this share is free. The cache's size is given above.
+        arguments["gpu_memory_utilization"] = LEAST_SHARE
     if settings.tensor_parallel_size > 1:
         arguments["distributed_executor_backend"] = "mp"
     return {**arguments, **settings.vllm}
@@ -97,8 +106,15 @@ def _adapter_arguments(folder: Path, adapter: ServedAdapter) -> dict[str, Any]:
     from transformers import AutoConfig
     from vllm.config.lora import MaxLoRARanks
     from vllm.model_executor.models import ModelRegistry, supports_lora
+    from vllm.platforms import current_platform
 
-    for architecture in AutoConfig.from_pretrained(folder).architectures or ():
+    config = AutoConfig.from_pretrained(folder)
+    if current_platform.is_cpu() and any(getattr(config.get_text_config(), name, None) for name in NUM_EXPERTS):
+        raise ConfigError(
+            f"actor.engine.lora: the model in {folder} is a mixture of experts, which vLLM on a CPU cannot run beside "
+            "LoRA layers (it takes GPU kernels for the experts then). Set rollout=hf, or lora=null"
+        )
+    for architecture in config.architectures or ():
         known = ModelRegistry.models.get(architecture)
         if known is not None and not supports_lora(known.load_model_cls()):
             raise ConfigError(

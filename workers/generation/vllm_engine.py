@@ -208,7 +208,9 @@ class VllmEngine:
         return checksums
 
     async def _take_version(self, version: int) -> None:
-        await self._engine.reset_prefix_cache()
+        """Held requests give their blocks up, and are computed again: a block that one of them keeps would serve others
+        that begin alike, with keys and values of the old weights."""
+        await self._engine.reset_prefix_cache(reset_running_requests=True)
         await self._engine.update_weight_version(str(version))
         if not self._cache_sleeps:
             await self._engine.resume_generation()

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 LARGE = 1 << 20
-AT_START = {"MALLOC_MMAP_THRESHOLD_": str(LARGE)}
-"""Environment of a worker, so that the first load is as the reloads are."""
+AT_START = {"MALLOC_MMAP_THRESHOLD_": str(LARGE), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Environment of a worker, so that the first load is as the reloads are. New memory in huge pages where the system has
+them: else the faults of every reload's fresh pages take a third of its time."""
 
 _LARGEST = 32 << 20
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1

@@ -12,10 +12,12 @@ import torch
 
 from hybridflow.errors import ConfigError, WeightSyncError
 from hybridflow.resharding.proofs import verify
-from hybridflow.resharding.transport import RankLayout
+from hybridflow.resharding.transport import RankLayout, ThroughStore
 from hybridflow.schedule.policy_sync import plan_route
 from tests.workers.generation.adapter_trainer import PROBE, AdapterTrainer
+from tests.workers.generation.test_rollout import Memory
 from tests.workers.generation.test_vllm_engine import LONG, in_thread, rest
+from tests.workers.generation.trainer import deliver
 from workers.generation.adapter import ServedAdapter
 from workers.generation.base import Request, Sampling
 from workers.generation.settings import RolloutSettings
@@ -121,6 +123,38 @@ def test_an_engine_that_may_lack_the_base_is_not_given_the_adapter_alone(case: A
     assert trainer.read_back() == ()
 
 
+@pytest.mark.parametrize("case", ["hf", "vllm2"], indirect=True)
+def test_the_adapter_comes_through_the_store_in_buckets_too(case: Any) -> None:
+    """The whole of it again, then A and B alone, in several parts each."""
+    trainer, through = case.trainer, ThroughStore(40_000)
+    for version, route in enumerate((trainer.route, trainer.later, trainer.later), start=1):
+        trainer.update(seed=version)
+        stored = replace(route, transport=through)
+        trainer.prove(route, trainer.send_in_turn(stored, version, Memory()))
+    assert trainer.read_back() == ()
+
+
+@pytest.mark.parametrize("names", [("hf_engine", "tied"), ("vllm_engine", "tied"), ("cut_engine", "untied")])
+def test_layers_that_training_leaves_alone_are_sent_once(
+    names: tuple[str, str], request: pytest.FixtureRequest
+) -> None:
+    """Without an adapter. vLLM loads q, k and v as one: with q training the frozen k and v travel too."""
+    engine, tiny = (request.getfixturevalue(name) for name in names)
+    trainer = AdapterTrainer(tiny.folder, None, engine, ("embed_tokens", "lm_head", "layers.0.", "1.self_attn.k_proj"))
+    trainer.prove(trainer.route, trainer.send(trainer.route, 0))
+    for version in (1, 2):
+        trainer.update(seed=version)
+        trainer.prove(trainer.later, trainer.send(trainer.later, version))
+        assert trainer.read_back() == ()
+    moved = {parameter.name for parameter in trainer.later.plan.destination.parameters}
+    assert {name.split(".")[-2] for name in moved} == {
+        "q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "norm",
+        "input_layernorm", "post_attention_layernorm", *(() if names[0] == "hf_engine" else ("k_proj",)),
+    }  # fmt: skip
+    assert not any("layers.0." in name for name in moved)
+    deliver(engine, tiny.model, 0, [1, 2])  # as the other tests of this engine want it
+
+
 @everywhere
 def test_a_changed_byte_of_the_adapter_fails_its_own_slice(case: Any) -> None:
     from hybridflow.resharding.incoming import expected_checksums
@@ -209,3 +243,22 @@ def test_vllm_is_asked_for_the_next_rank_that_it_has(tied: Any) -> None:
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r"rank: found 513; vLLM's LoRA layers have ranks up to 512"):
         engine_arguments(tied.folder, RolloutSettings(), 64, replace(adapter, rank=513))
+
+
+def test_models_that_vllm_cannot_serve_with_an_adapter_are_refused_before_the_start(
+    tmp_path: Any, mixture: Any
+) -> None:
+    pytest.importorskip("vllm", reason="vLLM is an optional extra")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from workers.generation.vllm_device import engine_arguments
+
+    GPT2LMHeadModel(GPT2Config(n_embd=128, n_layer=1, n_head=4, n_positions=64, vocab_size=82)).save_pretrained(
+        tmp_path
+    )
+    adapter = ServedAdapter.of(tmp_path, LORA)
+    assert adapter.layers["transformer.h.0.attn.c_attn"] == (128, 384)
+    with pytest.raises(ConfigError, match="vLLM has no LoRA layers for GPT2LMHeadModel"):
+        engine_arguments(tmp_path, RolloutSettings(), 64, adapter)
+    with pytest.raises(ConfigError, match="mixture of experts, which vLLM on a CPU cannot run beside LoRA"):
+        engine_arguments(mixture.folder, RolloutSettings(), 64, ServedAdapter.of(mixture.folder, LORA))

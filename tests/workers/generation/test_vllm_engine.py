@@ -2,6 +2,7 @@ import queue
 import threading
 
 import pytest
+import torch
 
 from hybridflow.errors import ConfigError, WeightSyncError
 from tests.workers.generation.trainer import deliver
@@ -44,6 +45,27 @@ def test_paused_requests_go_on_as_if_nothing_had_happened_and_carry_both_version
     assert all(s.versions == sorted(s.versions) and len(s.versions) == len(s.tokens) for s in interrupted.values())
     assert {0, 5} == {version for s in interrupted.values() for version in s.versions}
     assert any(set(s.versions) == {0, 5} for s in interrupted.values())
+    deliver(vllm_engine, tied.model, 0, [1, 2])
+
+
+def test_a_new_request_does_not_meet_what_held_ones_computed_with_old_weights(vllm_engine, tied):
+    """Of prompts that begin alike for more than a block (128 tokens on a CPU), so that they share one."""
+    prompt, other = [6 + 7 * i % 70 for i in range(150)], tied.perturbed(seed=4)
+    wanted = [Request(i, i, [*prompt, 10 + i], 60 + i) for i in range(12)]
+    groups = in_thread(vllm_engine, wanted, Sampling(max_response_tokens=100))
+    first = groups.get(timeout=60)
+    vllm_engine.pause()
+    deliver(vllm_engine, other.model, 6, [1, 2])
+    vllm_engine.resume()
+    ((new,),) = vllm_engine.generate([Request(0, 0, prompt, 5)], Sampling(max_response_tokens=8))
+    exact = other.logprobs(prompt, new.tokens)[torch.arange(len(new.tokens)), new.tokens]
+    assert set(new.versions) == {6} and torch.tensor(new.logprobs).sub(exact).abs().max() < 1e-4
+    held = [s for s in [*first, *rest(groups).values()] if set(s.versions) == {0, 6}]
+    assert held, "none was running when the weights came"
+    for sample in held:  # what came after the new weights is theirs alone
+        start = sample.versions.index(6)
+        exact = other.logprobs(wanted[sample.index].prompt, sample.tokens)[range(len(sample.tokens)), sample.tokens]
+        assert torch.tensor(sample.logprobs).sub(exact)[start:].abs().max() < 1e-4
     deliver(vllm_engine, tied.model, 0, [1, 2])
 
 
