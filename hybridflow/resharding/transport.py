@@ -7,6 +7,7 @@ memory of its own, so that its engine reads both in one way. A run has one trans
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
@@ -25,6 +26,9 @@ from hybridflow.resharding.incoming import Filling, Incoming, Outgoing
 from hybridflow.resharding.layout import Layout, dtype_of, refuse_other_tensors
 from hybridflow.resharding.plan import Move, Plan, Slice
 from hybridflow.resharding.published import Publication, publish, shared_bytes, this_node
+
+WIDEST = 8
+"""Bytes of the widest element: a bucket holds at least one."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +106,17 @@ def choose_transport(
     """Memory that is read in place, where every move stays on its node: published by sources that hold their weights in
     the CPU's memory, opened on GPUs that the engines see. Else the store, which takes them from any device. Engine k
     has an equal part of the plan's destination ranks."""
+    per_engine = len(plan.destination.ranks) // len(engines)
+    routes = set(plan.routes(plan.moves))
+    streams = Counter(to // per_engine for _, to in routes)
+    store = ThroughStore(bucket_bytes, max(streams.values(), default=1))
     if plan.bytes_across_nodes:
-        return ThroughStore(bucket_bytes)
+        return store
     if all(source.device == "cpu" for source in sources):
         return PublishedMemory()
     gpus = {rank: source.gpus for source in sources if source.device == "cuda" for rank in source.layout.ranks}
-    per_engine = len(plan.destination.ranks) // len(engines)
-    routes = set(plan.routes(plan.moves))
     seen = all(set(gpus.get(rank, ())) & set(engines[to // per_engine].gpus) for rank, to in routes)
-    return CudaIpc() if seen else ThroughStore(bucket_bytes)
+    return CudaIpc() if seen else store
 
 
 @dataclass(frozen=True)
@@ -151,10 +157,17 @@ class CudaIpc(PublishedMemory):
 
 @dataclass(frozen=True)
 class ThroughStore:
-    """Buckets of at most `bucket_bytes`, one alive at a time where they are packed, and no more than one taken at a
-    time in the destination's process; a larger storage is taken whole."""
+    """Buckets, one alive at a time where they are packed. A destination's process has one open of each of its `streams`
+    (pairs of a source rank and one of its ranks), together at most `bucket_bytes`; and takes as many bytes at a time
+    out of them, or one larger storage. A bucket is fetched once: storages are taken in the order of the stream."""
 
     bucket_bytes: int
+    streams: int = 1
+
+    @property
+    def stream_bytes(self) -> int:
+        """Of one bucket."""
+        return max(min(WIDEST, self.bucket_bytes), self.bucket_bytes // self.streams)
 
     def prepare(self, outgoing: Outgoing, storages: Mapping[str, Tensor]) -> None:
         """Every offer makes buckets of its own."""
@@ -166,7 +179,7 @@ class ThroughStore:
             by_rank.setdefault(move.destination.rank, []).append(move)
         named = {outgoing.rank: storages}
         buckets = {
-            rank: tuple(_put(parts, named, store) for parts in cut_moves(_in_wire_order(moves), self.bucket_bytes))
+            rank: tuple(_put(parts, named, store) for parts in cut_moves(_in_wire_order(moves), self.stream_bytes))
             for rank, moves in by_rank.items()
         }
         return Packed(outgoing.rank, buckets, outgoing.num_bytes)
@@ -186,7 +199,7 @@ class ThroughStore:
     def _streams(self, incoming: Sequence[Incoming], offers: Sequence[Offer]) -> "dict[tuple[int, int], _Stream]":
         packed = {offer.rank: offer for offer in offers if isinstance(offer, Packed)}
         return {
-            (source, part.rank): _Stream(packed[source], part.rank, moves, self.bucket_bytes)
+            (source, part.rank): _Stream(packed[source], part.rank, moves, self.stream_bytes)
             for part in incoming
             for source, moves in _rows_by_source(part).items()
         }
@@ -256,22 +269,23 @@ class _Stream:
         ordered = _rows_in_wire_order(moves)
         starts = accumulate((moves[row].num_bytes for row in ordered), initial=0)
         self._starts = dict(zip(ordered, starts, strict=False))
+        self._open, self._bucket = -1, torch.empty(0)
         if len(self._refs) != len(sizes):
             self._refuse(sum(sizes[: len(self._refs)]))
 
     def read(self, moves: Mapping[int, Move], store: Store) -> Tensor:
         """(bytes,) uint8 in shared memory: some of the rows, in wire order."""
         flat, filled = shared_bytes(self._source, sum(move.num_bytes for move in moves.values())), 0
-        opened, bucket = -1, torch.empty(0)
         for row in _rows_in_wire_order(moves):
             start, stop = self._starts[row], self._starts[row] + moves[row].num_bytes
             while start < stop:
                 index = bisect_right(self._ends, start)
                 begin = self._ends[index] - self._size(index)
-                if index != opened:
-                    opened, bucket = index, self._opened(index, store)
+                if index != self._open:
+                    self._bucket = torch.empty(0)  # before the next comes
+                    self._open, self._bucket = index, self._opened(index, store)
                 end = min(stop, self._ends[index])
-                flat[filled : filled + end - start] = bucket[start - begin : end - begin]
+                flat[filled : filled + end - start] = self._bucket[start - begin : end - begin]
                 filled += end - start
                 start = end
         return flat

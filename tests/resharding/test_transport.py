@@ -20,16 +20,18 @@ FULL = numbered(PARAMETERS)
 
 
 class Memory:
-    """A store that counts what is put; a block's handle is its batch."""
+    """A store that counts what is put and how often something is read; a block's handle is its batch."""
 
     def __init__(self):
         self.sizes = []
+        self.num_reads = 0
 
     def put(self, batch):
         self.sizes.append(batch.ragged("weight_bytes").flat.nbytes)
         return Block(batch, None, batch.num_rows)
 
     def read(self, wants):
+        self.num_reads += len(wants)
         return [(want.block.handle.select(want.columns), want.rows) for want in wants]
 
 
@@ -79,7 +81,7 @@ def test_both_transports_bring_what_a_transfer_does(one: Side, other: Side, buck
     execute_here(plan, held, expected)
     num_ranks = len(plan.destination.ranks)
     per_engine = data.draw(st.sampled_from([size for size in range(1, num_ranks + 1) if num_ranks % size == 0]))
-    transport = ThroughStore(bucket) if through_store else PublishedMemory()
+    transport = ThroughStore(bucket, data.draw(st.integers(1, 4))) if through_store else PublishedMemory()
 
     written, sent, received, offers = deliver(transport, plan, held, store, per_engine, in_turn)
 
@@ -90,6 +92,7 @@ def test_both_transports_bring_what_a_transfer_does(one: Side, other: Side, buck
     if through_store:
         assert sum(store.sizes) == sum(offer.num_bytes for offer in offers) == plan.total_bytes
         assert max(store.sizes, default=0) <= bucket
+        assert store.num_reads == len(store.sizes), "each bucket crosses once"
 
 
 @pytest.fixture

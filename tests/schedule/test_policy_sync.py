@@ -214,7 +214,7 @@ def test_the_transport_is_chosen_once_from_where_the_ranks_are() -> None:
     assert run.route().transport == PublishedMemory() and run.route() is run.route()
     run = policy()
     run.rollout.nodes = (None, "elsewhere")
-    assert run.route().transport == ThroughStore(1 << 20)
+    assert run.route().transport == ThroughStore(1 << 20, streams=2), "each tensor rank of an engine reads one source"
 
 
 def test_engines_on_gpus_read_the_replica_on_their_own() -> None:
