@@ -193,7 +193,7 @@ class Drift:
 
     def turn_to(self, sync: PolicySync) -> None:
         """The actor's ranks know one route at a time, and here they feed four sets of engines."""
-        sync._used = None
+        sync.through(sync.route().transport)
         sync.use(sync.route())
 
     def read_back(self, sync: PolicySync) -> str:

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def shard_bytes(layout: Layout) -> int:
 
 def _moved(policy: PolicySync, transport: Transport) -> tuple[int, int]:
     """(bytes that left the sources, bytes that the engines' checksums prove) of one sync."""
-    policy._route = replace(policy.route(), transport=transport)
+    policy.through(transport)
     came = int(policy.sync()["sync/bytes"].value)
     packed = [offer.num_bytes for offer in policy.actor.offer().result() if isinstance(offer, Packed)]
     published = sum(

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from hybridflow.controller.dispatch import dispatch
 from hybridflow.controller.ray_runtime import RayRuntime
 from hybridflow.resharding.incoming import expected_checksums
 from hybridflow.resharding.transport import PublishedMemory, ThroughStore, Transport
-from hybridflow.schedule.policy_sync import PolicySync, plan_route
+from hybridflow.schedule.policy_sync import PolicySync
 from workers.actor import ActorWorker
 from workers.generation.settings import RolloutSettings
 from workers.rollout import RolloutWorker
@@ -186,11 +186,9 @@ class Bench:
         self.actor.update(BatchRef.put(batch, self.runtime.store), SupervisedLoss()).result()
 
     def route_made(self, transport: Transport) -> Peaks:
-        sources, engines = self.actor.layout().result(), self.rollout.layout().result()
-        route = replace(plan_route(sources, engines, self.bucket_bytes), transport=transport)
+        self.policy.through(transport)
         with Peaks(self.trainers) as peaks:
-            self.policy._route = route
-            self.policy.use(route)
+            self.policy.use(self.policy.route())
         return peaks
 
     def sent(self) -> Peaks:

@@ -154,12 +154,13 @@ class EngineRank(Rank):
     def receive(self, delivery: Delivery) -> Receipt:
         checksums: Checksums = {}
         held: list[int] = []
-        with self.measure("receive", lambda: sum(held)):
-            taken = self.transport.take(self.incoming, delivery.offers, self.context.store)
-            held += [memory.nbytes for memory in taken.memory]
-            with mapped(taken.publications) as sources:
-                for _, _, sums in assemble(taken.incoming[0], sources, self.storages):
-                    checksums |= sums
+        with self.measure("receive", lambda: max(held, default=0)):
+            for taken in self.transport.take_in_turn(self.incoming, delivery.offers, self.context.store):
+                held.append(sum(memory.nbytes for memory in taken.memory))
+                with mapped(taken.publications) as sources:
+                    for _, _, sums in assemble(taken.incoming[0], sources, self.storages):
+                        checksums |= sums
+                del taken, sources
         return Receipt(checksums, [0.0])
 
     @dispatch("ONE_TO_ALL")

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ class Bench:
     def transported(self) -> Line:
         """Of a sync what moves the weights, alone: offer and receive."""
         self.trainer.train().result()
-        self.policy.route()
+        self.policy.use(self.policy.route())
         offers = self.trainer.offer().result()
         self.engine.receive(Delivery(1, tuple(offers), (1,))).result()
         seconds = self.slowest(self.trainer, "offer") + self.slowest(self.engine, "receive")
@@ -138,7 +138,8 @@ class Bench:
         return Line(seconds, (self.extra(self.trainer, "save"), self.extra(self.engine, "load")))
 
     def through(self, transport: Transport) -> None:
-        self.policy.use(replace(self.policy.route(), transport=transport))
+        self.policy.through(transport)
+        self.policy.use(self.policy.route())
 
     def refuse_other_weights(self, name: str) -> None:
         """Of every element in every engine's memory."""

@@ -2,8 +2,9 @@
 
     python benchmarks/transition_share.py runs/arithmetic-grpo [another run's folder ...]
 
-Reads the run folder that `make train` leaves, its steady steps after the first five: the median of `timing_s/sync` over
-`timing_s/step`, and from the timeline what the sync consists of. Ends with `ratio <the first run's share>`.
+Reads the run folder that `make train` leaves, its steady steps after the first five: the median of what the phase
+change takes (`sync`, and where engines sleep or trainers offload, `sleep` and `onload`) over `timing_s/step`, and from
+the timeline what the sync consists of. Ends with `ratio <the first run's share>`.
 """
 
 import argparse
@@ -15,12 +16,14 @@ from pathlib import Path
 from hybridflow.tracking.timeline import read_rows
 
 UNSTEADY = 5
+PARTS = ("sleep", "onload", "sync")
 
 
 def share_of(folder: Path) -> float:
     lines = [json.loads(line)["metrics"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [metrics for metrics in lines if "timing_s/sync" in metrics][UNSTEADY:]
-    share = statistics.median(metrics["timing_s/sync"] / metrics["timing_s/step"] for metrics in steps)
+    names = [f"timing_s/{part}" for part in PARTS]
+    share = statistics.median(sum(m.get(name, 0.0) for name in names) / m["timing_s/step"] for m in steps)
     seconds = statistics.median(metrics["timing_s/sync"] for metrics in steps)
     step = statistics.median(metrics["timing_s/step"] for metrics in steps)
     print(f"{folder}: {len(steps)} steps, median step {step:.3f} s, sync {seconds:.4f} s: {share:.2%} of a step")

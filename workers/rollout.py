@@ -69,8 +69,7 @@ class RolloutWorker(Worker):
         Writes tokens, response_mask, rollout_logprobs, versions, prompt_length, response_length, num_tokens, truncated,
         interrupted.
         """
-        if self._unproven:
-            raise WeightSyncError(f"rollout: {self._unproven}; send the weights again before generating")
+        self._refuse_unproven()
         if not requests.num_rows:
             return
         optional = tuple(name for name in ("greedy",) if name in requests)
@@ -85,6 +84,10 @@ class RolloutWorker(Worker):
                 made = sample_columns([prompts[sample.index] for sample in samples], samples)
                 picked = torch.tensor([sample.index for sample in samples])
                 yield made.union({"index": rows.tensor("index")[picked]})
+
+    def _refuse_unproven(self) -> None:
+        if self._unproven:
+            raise WeightSyncError(f"rollout: {self._unproven}; send the weights again before generating")
 
     def _drawn(self, wanted: Sequence[Request], sampling: Sampling) -> Iterator[list[Sample]]:
         if sampling.interruption is None:
@@ -105,8 +108,9 @@ class RolloutWorker(Worker):
 
     @dispatch("ONE_TO_ALL")
     def receive(self, delivery: Delivery) -> Receipt:
-        """Replace the engine's weights by the slices that the plan names, and say what it holds now. The engine does
-        not generate before `trust`: whatever fails here or elsewhere, none serves weights that are not proven."""
+        """Replace the engine's weights by the slices that the plan names, and say what it holds now. The engine takes
+        no request before `trust`: whatever fails here or elsewhere, none serves weights that are not proven. (Requests
+        held by `pause` may draw while a vLLM engine answers the probe; they are paused again after it.)"""
         self._unproven = f"weights of version {delivery.version} are not proven yet"
         with span("receive"):
             parts = self._transport.take_in_turn(self._incoming, delivery.offers, self.context.store)
@@ -131,6 +135,8 @@ class RolloutWorker(Worker):
 
     @dispatch("ONE_TO_ALL", control=True)
     def resume(self) -> None:
+        """Let held requests go on; not with weights that are not proven."""
+        self._refuse_unproven()
         self.engine.resume()
 
     @dispatch("ONE_TO_ALL", control=True)

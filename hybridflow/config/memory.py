@@ -28,14 +28,16 @@ OPTIMIZER_STATES = {"adamw": 2, "sgd": 0}  # float32 numbers a trained weight
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of one rank of a training engine; of a rollout, one worker of an engine. cache: keys and values.
-    in_flight: the most that an engine holds beside its weights while it takes new ones. sleeps: an engine that gives
-    weights and cache back while others train. offloads: what a trained role gives back while engines generate."""
+    """Bytes of one rank of a training engine; of a rollout, one worker of an engine. cache: keys and values; lasting,
+    or there only while it decodes. in_flight: the most that an engine holds beside its weights while it takes new ones.
+    sleeps: an engine that gives weights and cache back while others train. offloads: what a trained role gives back
+    while engines generate."""
 
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
     cache: int = 0
+    lasting_cache: bool = True
     in_flight: int = 0
     keeps_gradients: bool = False
     sleeps: bool = False
@@ -55,9 +57,10 @@ class Held:
         }
         stays = sum(size for part, size in between.items() if part not in self.offloads)
         leaves_last = self.weights if "weights" in self.offloads else 0
+        idle_cache = self.cache if self.lasting_cache and not self.sleeps else 0
         return {
-            "training": 0 if self.sleeps else self.weights + self.optimizer + self.gradients + self.cache,
-            "transition": stays + leaves_last + self.in_flight + (0 if self.sleeps else self.cache),
+            "training": 0 if self.sleeps else self.weights + self.optimizer + self.gradients + idle_cache,
+            "transition": stays + leaves_last + self.in_flight + idle_cache,
             "generation": stays + self.cache,
         }
 
@@ -163,8 +166,9 @@ def _engine(config: RunConfig) -> Held | None:
     if decoder is None:
         return None
     itemsize = dtype_of(decoder.dtype).itemsize
-    specs = decoder_specs(decoder, generation_cuts(config))
+    specs, tied = decoder_specs(decoder, generation_cuts(config)), 0
     if facts.get("tie_word_embeddings"):
+        tied = decoder.vocab_size * decoder.hidden_size
         specs = [spec for spec in specs if spec.parameter.name != "lm_head.weight"]
     sizes = shard_sizes(specs, config.bundles_per_rank("rollout"))
     layers: dict[object, int] = {}
@@ -175,7 +179,9 @@ def _engine(config: RunConfig) -> Held | None:
     return Held(
         weights=(sum(sizes) + adapter) * itemsize,
         cache=_hf_cache(config, decoder) if hf else int(getattr(config.rollout, "kv_cache_gib", 0.0) * 2**30),
-        in_flight=2 * max(layers.values()) * itemsize,
+        lasting_cache=not hf,
+        # vLLM packs a layer beside the old one; hf copies in place, but for a tied head, which it compares.
+        in_flight=(tied if hf else 2 * max(layers.values())) * itemsize,
         sleeps=engines_sleep(config) and (on_gpus(config, "rollout") or (hf and actor_adapter(config) is None)),
     )
 

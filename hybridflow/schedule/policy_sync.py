@@ -138,8 +138,14 @@ class PolicySync:
             self._route = plan_route(held.result(), wanted.result(), self.bucket_bytes)
         return self._route
 
+    def through(self, transport: Transport) -> None:
+        """Weights take another transport than the one that was chosen for them."""
+        route = self.route()
+        later = route.later and replace(route.later, transport=transport)
+        self._route = replace(route, transport=transport, later=later)
+
     def use(self, route: Route) -> None:
-        """Weights take this route from now on. Each rank gets its part of it once, not at every sync."""
+        """Each rank gets its part of the route, unless it has it: once, not at every sync."""
         if route is self._used:
             return
         self._used = None

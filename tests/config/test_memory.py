@@ -140,7 +140,7 @@ def test_an_hf_engine_on_a_cpu_keeps_the_weights_that_are_sent_once() -> None:
     for adapter, sleeps in (([], True), (["+actor.engine.lora={rank: 4}"], False)):
         found = held(small(*given, *adapter), "rollout", "actor")
         assert found is not None and found.sleeps == sleeps
-        assert found.phases["training"] == (0 if sleeps else found.weights + found.cache)
+        assert found.phases["training"] == (0 if sleeps else found.weights)
 
 
 def test_gradients_are_gone_after_the_step_where_the_engine_frees_them() -> None:

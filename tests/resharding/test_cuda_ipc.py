@@ -155,9 +155,9 @@ def test_only_what_moves_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
     ("nodes", "device", "seen", "chosen"),
     [
         ("aa", "cuda", (("x", "y"), ("y", "x")), CudaIpc()),
-        ("aa", "cuda", (("x",), ("y",)), ThroughStore(9)),  # an engine that sees its own GPU alone cannot read both
-        ("aa", "cuda", ((), ()), ThroughStore(9)),  # engines on the CPU
-        ("ab", "cuda", (("x", "y"), ("y", "x")), ThroughStore(9)),
+        ("aa", "cuda", (("x",), ("y",)), ThroughStore(9, 2)),  # an engine that sees its own GPU alone cannot read both
+        ("aa", "cuda", ((), ()), ThroughStore(9, 2)),  # engines on the CPU
+        ("ab", "cuda", (("x", "y"), ("y", "x")), ThroughStore(9, 2)),
         ("aa", "cpu", ((), ()), PublishedMemory()),
     ],
 )

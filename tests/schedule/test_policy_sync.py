@@ -217,6 +217,14 @@ def test_the_transport_is_chosen_once_from_where_the_ranks_are() -> None:
     assert run.route().transport == ThroughStore(1 << 20, streams=2), "each tensor rank of an engine reads one source"
 
 
+def test_another_transport_is_given_to_every_rank() -> None:
+    run = policy()
+    run.sync()
+    run.through(ThroughStore(64))
+    run.use(run.route())
+    assert {transport for _, transport in run.actor.taken + run.rollout.taken} == {ThroughStore(64)}
+
+
 def test_engines_on_gpus_read_the_replica_on_their_own() -> None:
     """Two full replicas, each on the GPU that one of two engines sees: none reads the other's, balanced or not."""
     run = policy()

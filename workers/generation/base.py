@@ -104,12 +104,15 @@ class GenerationEngine(Protocol):
         self, version: int, incoming: Sequence[Incoming], parts: Iterable[Taken], probe: Sequence[int]
     ) -> Receipt:
         """Replace the weights that the plan names and drop caches: each tensor rank copies its own slices out of the
-        publications, one parameter at a time. incoming: one a tensor rank, of a plan whose destination is this engine's
-        `layout`; of some of its parameters (`Incoming.only`) once a transfer of all has succeeded. parts: where these
-        are read, together once; each is let go before the next is asked for. The receipt has the log-probs of
-        `probe[1:]` given their prefixes. Requests held by `pause` go on with the new weights: those tokens carry the
-        new version. Whatever fails, the engine refuses to generate until a transfer succeeds. While the cache is asleep
-        `probe` must be empty, and the method of that name follows `wake_cache`."""
+        publications, one parameter at a time.
+
+        incoming: one a tensor rank, of a plan whose destination is this engine's `layout`; of some of its parameters
+        (`Incoming.only`) once a transfer of all has succeeded. parts: where these are read, together once; each is let
+        go before the next is asked for. The receipt has the log-probs of `probe[1:]` given their prefixes. Requests
+        held by `pause` go on with the new weights: those tokens carry the new version. (vLLM computes their prefixes
+        again; the Hugging Face engine's rows keep the keys and values that they have, so their later tokens are of a
+        mixture of both policies.) Whatever fails, the engine refuses to generate until a transfer succeeds. While the
+        cache is asleep `probe` must be empty, and the method of that name follows `wake_cache`."""
         ...
 
     def probe(self, tokens: Sequence[int]) -> list[float]:

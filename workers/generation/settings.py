@@ -22,6 +22,12 @@ _FIXED = {
     "data_parallel_size": "replicas are rollout ranks (placement.roles.rollout.ranks)",
     "enable_expert_parallel": "experts are cut as tensors",
     "worker_extension_cls": "weights arrive through it",
+    "enable_lora": "an adapter is served where the actor trains one",
+    "max_lora_rank": "it follows from the actor's adapter",
+    "max_loras": "it follows from the actor's adapter",
+    "lora_dtype": "an adapter has the dtype in which it is proven",
+    "fully_sharded_loras": "adapters are cut as their layers are",
+    "enable_sleep_mode": "schedule.sleep says when engines sleep",
     "logprobs_mode": "log-probs must be those of the distribution sampled from",
 }
 
