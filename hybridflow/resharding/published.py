@@ -86,7 +86,8 @@ def publish(rank: int, storages: Mapping[str, Tensor], lasting: bool = True) -> 
             )
     memories = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in storages.values()}
     new = [memory for memory in memories.values() if memory.nbytes() and not memory.is_shared()]
-    _make_room(rank, sum(memory.nbytes() for memory in new), len(new))
+    if new:
+        _make_room(rank, sum(memory.nbytes() for memory in new), len(new))
     handles = tuple(_handle(name, tensor) for name, tensor in storages.items())
     return Publication(rank, this_node(), os.getpid(), handles, lasting)
 
