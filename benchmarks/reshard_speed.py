@@ -6,7 +6,8 @@ Two tensor ranks of a dense decoder in float32, engines that want it whole; each
 engines are their memory alone: what a real one's own reload adds is measured by `reshard_reload.py`.
 
   memory copy        each engine's process copies as many bytes from its own memory: the limit
-  published memory   the engine maps the trainer's memory and copies its slices, checksums included
+  published memory   the engine maps the trainer's memory and copies its slices
+  with checksums     the same, and each block's checksum, as every sync does
   gloo               `transfer.execute` in buckets, over the loop-back device
   object store       packed into buckets, put, fetched, copied, checksums included
   disk               each training rank saves its shard as safetensors, flushed; engines load and copy their slices
@@ -171,7 +172,10 @@ def best(bench: Bench, rounds: int, run: Callable[[], Line]) -> Line:
 
 def measured(bench: Bench, rounds: int) -> dict[str, Line]:
     lines = {"published, first time": bench.transported(), "memory copy": best(bench, rounds, bench.copy)}
+    bench.engine.hash(False).result()
     lines["published memory"] = best(bench, rounds, bench.transported)
+    bench.engine.hash(True).result()
+    lines["with checksums"] = best(bench, rounds, bench.transported)
     lines["sync"] = best(bench, rounds, bench.synced)
     bench.refuse_other_weights("published memory")
     memory = bench.policy.route().transport
@@ -195,11 +199,13 @@ def report(bench: Bench, label: str, rounds: int, judged: bool) -> tuple[bool, f
     for name, line in lines.items():
         extra = f"   extra MiB: trainer {line.extra[0]:7.1f}, engine {line.extra[1]:7.1f}" if any(line.extra) else ""
         print(f"  {name:<22}{line.seconds:9.4f} s {bench.num_bytes / line.seconds / 1e9:8.2f} GB/s{extra}", flush=True)
-    share = lines["memory copy"].seconds / lines["published memory"].seconds
+    share, proven = (
+        lines["memory copy"].seconds / lines[name].seconds for name in ("published memory", "with checksums")
+    )
     times, cached = (lines[name].seconds / lines["sync"].seconds for name in ("disk", "page cache"))
     print(
-        f"  published memory at {share:.2f} of the copy's speed; sync {times:.1f} times as fast as the disk route, "
-        f"{cached:.1f} times as fast as the page cache",
+        f"  published memory at {share:.2f} of the copy's speed, {proven:.2f} with checksums; "
+        f"sync {times:.1f} times as fast as the disk route, {cached:.1f} times as fast as the page cache",
         flush=True,
     )
     slow = bench.placement == "colocated" and share < LEAST_SHARE

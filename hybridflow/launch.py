@@ -133,7 +133,8 @@ def _train(session: Session) -> None:
         )
         Trainer(config.trainer, session.schedule, record, checkpoints, session.num_devices).run(start)
     if config.trainer.export:
-        with span("export"), session.schedule.trainers_whole():
+        with span("export"):
+            session.schedule.finish()
             groups[import_name(config.algorithm.target).product].export(str(folder.model)).result()
             session.model.tokenizer.save_pretrained(str(folder.model))
     print(record.report(), flush=True)

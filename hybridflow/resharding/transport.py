@@ -109,7 +109,8 @@ def choose_transport(
     per_engine = len(plan.destination.ranks) // len(engines)
     routes = set(plan.routes(plan.moves))
     streams = Counter(to // per_engine for _, to in routes)
-    store = ThroughStore(bucket_bytes, max(streams.values(), default=1))
+    num_dtypes = len({storage.dtype for storage in plan.destination.storages})
+    store = ThroughStore(bucket_bytes, max(streams.values(), default=1) * max(1, num_dtypes))
     if plan.bytes_across_nodes:
         return store
     if all(source.device == "cpu" for source in sources):
@@ -158,7 +159,7 @@ class CudaIpc(PublishedMemory):
 @dataclass(frozen=True)
 class ThroughStore:
     """Buckets, one alive at a time where they are packed. A destination's process has one open of each of its `streams`
-    (pairs of a source rank and one of its ranks), together at most `bucket_bytes`; and takes as many bytes at a time
+    (source rank, one of its ranks, dtype), together at most `bucket_bytes`; and takes as many bytes at a time
     out of them, or one larger storage. A bucket is fetched once: storages are taken in the order of the stream."""
 
     bucket_bytes: int
@@ -269,7 +270,8 @@ class _Stream:
         ordered = _rows_in_wire_order(moves)
         starts = accumulate((moves[row].num_bytes for row in ordered), initial=0)
         self._starts = dict(zip(ordered, starts, strict=False))
-        self._open, self._bucket = -1, torch.empty(0)
+        self._open: dict[str, tuple[int, Tensor]] = {}
+        """By dtype, since wide ones come first on the wire: the bucket that its rows have come to."""
         if len(self._refs) != len(sizes):
             self._refuse(sum(sizes[: len(self._refs)]))
 
@@ -281,17 +283,24 @@ class _Stream:
             while start < stop:
                 index = bisect_right(self._ends, start)
                 begin = self._ends[index] - self._size(index)
-                if index != self._open:
-                    self._bucket = torch.empty(0)  # before the next comes
-                    self._open, self._bucket = index, self._opened(index, store)
+                bucket = self._at(index, moves[row].dtype, store)
                 end = min(stop, self._ends[index])
-                flat[filled : filled + end - start] = self._bucket[start - begin : end - begin]
+                flat[filled : filled + end - start] = bucket[start - begin : end - begin]
                 filled += end - start
                 start = end
         return flat
 
     def _size(self, index: int) -> int:
         return self._ends[index] - (self._ends[index - 1] if index else 0)
+
+    def _at(self, index: int, dtype: str, store: Store) -> Tensor:
+        for opened, bucket in self._open.values():
+            if opened == index:
+                self._open[dtype] = index, bucket
+                return bucket
+        self._open.pop(dtype, None)  # before the next comes
+        self._open[dtype] = index, self._opened(index, store)
+        return self._open[dtype][1]
 
     def _opened(self, index: int, store: Store) -> Tensor:
         """A bucket where the store has it, not copied where it is on this node."""

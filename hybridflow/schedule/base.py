@@ -27,6 +27,10 @@ class Schedule(Protocol):
         """Scores of held-out prompts under the current policy, or an offline algorithm's measure of held-out rows."""
         ...
 
+    def finish(self) -> None:
+        """Nothing is sampled any more: trained roles hold all that is theirs, to be exported."""
+        ...
+
     def trainers_whole(self) -> AbstractContextManager[None]:
         """Inside, trained roles hold all that is theirs on their devices: they can save, load and export."""
         ...

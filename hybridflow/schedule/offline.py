@@ -33,6 +33,9 @@ class OfflineSchedule:
             metrics = self.algorithm.evaluate(rows, self.roles)
         return StepResult(metrics, None, int(rows.scalar("num_tokens").sum()))
 
+    def finish(self) -> None:
+        """See `Schedule.finish`: as ever."""
+
     def trainers_whole(self) -> AbstractContextManager[None]:
         """See `Schedule.trainers_whole`: always."""
         return nullcontext()

@@ -117,6 +117,10 @@ class SyncSchedule:
         self._check_failures(scored)
         return StepResult(validation_metrics(scored), scored, int(scored.scalar("num_tokens").sum()))
 
+    def finish(self) -> None:
+        """See `Schedule.finish`. Engines that sleep stay asleep."""
+        self.phases.train()
+
     @contextmanager
     def trainers_whole(self) -> Iterator[None]:
         """See `Schedule.trainers_whole`."""

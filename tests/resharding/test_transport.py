@@ -113,6 +113,7 @@ def test_mixed_dtypes_through_the_store(mixed, bucket, in_turn):
     assert sent == received and len(sent) == 4
     assert all(torch.equal(written[0][name], tensor) for name, tensor in held[0].items())
     assert sum(store.sizes) == 9 * (1 + 4 + 2 + 2) and max(store.sizes) <= bucket
+    assert len(store.sizes) <= store.num_reads <= len(store.sizes) + 3, "again at most where a dtype begins in a bucket"
 
 
 def test_a_bucket_that_did_not_come_is_named(mixed):

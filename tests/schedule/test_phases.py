@@ -10,6 +10,7 @@ import pytest
 from hybridflow.errors import WeightSyncError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.schedule.phases import Phases, PhaseSettings
+from hybridflow.schedule.sync import SyncSchedule
 
 Call = tuple[Any, ...]
 
@@ -172,6 +173,13 @@ def test_after_a_proof_that_fails_last_all_is_brought_back_before_anything_else(
         calls.clear()
         getattr(made, then)()
         assert calls == begins
+
+
+def test_at_the_end_engines_are_not_woken_again() -> None:
+    made, calls = phases(ALL)
+    nothing: Any = None
+    SyncSchedule(nothing, nothing, nothing, nothing, made, nothing).finish()
+    assert calls == TO_TRAINING
 
 
 def test_engines_that_stay_awake_are_left_alone() -> None:
