@@ -1,30 +1,16 @@
 """When engines sleep, what trained roles offload, what `check` counts, and what is refused."""
 
-import os
-from pathlib import Path
-
 import pytest
+from refusals import problems
 
 from hybridflow.config.load import load
 from hybridflow.config.memory import Held
 from hybridflow.config.phases import engines_sleep, offloaded
-from hybridflow.errors import ConfigError
 
 ROLES = ("actor", "critic", "reward", "rollout")
 BOTH = ("gradients", "optimizer")
 GPUS = "placement.pools.all.gpus_per_rank=1"
-
-
-@pytest.fixture(autouse=True)
-def four_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
-    monkeypatch.chdir(tmp_path)
-
-
-def problems(*overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        load(overrides)
-    return str(error.value).split("\n  ")[1:]
+pytestmark = pytest.mark.usefixtures("four_cores")
 
 
 @pytest.mark.parametrize(

@@ -7,27 +7,16 @@ import runpy
 from pathlib import Path
 
 import pytest
+from refusals import problems
 
 from hybridflow.config.load import load
 from hybridflow.controller.coordinates import Shape
-from hybridflow.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 RESHARD = runpy.run_path(str(ROOT / "benchmarks/reshard_cases.py"))
 SPAN = "placement.pools.all.ranks=4"
 LORA = "+actor.engine.lora={rank: 2}"
-
-
-@pytest.fixture(autouse=True)
-def four_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
-    monkeypatch.chdir(tmp_path)
-
-
-def problems(*overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        load(overrides)
-    return str(error.value).split("\n  ")[1:]
+pytestmark = pytest.mark.usefixtures("four_cores")
 
 
 def test_the_shape_of_each_group() -> None:
