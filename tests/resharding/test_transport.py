@@ -92,7 +92,10 @@ def test_both_transports_bring_what_a_transfer_does(one: Side, other: Side, buck
     if through_store:
         assert sum(store.sizes) == sum(offer.num_bytes for offer in offers) == plan.total_bytes
         assert max(store.sizes, default=0) <= bucket
-        assert store.num_reads == len(store.sizes), "each bucket crosses once"
+        pieces = plan.destination.pieces
+        held_by = set(zip(pieces.storage.tolist(), pieces.parameter.tolist(), strict=True))
+        fused = len(held_by) > len(set(pieces.storage.tolist()))
+        assert fused or store.num_reads == len(store.sizes), "each bucket crosses once"
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ def rest(groups: "queue.SimpleQueue") -> dict:
 
 
 def test_paused_requests_go_on_as_if_nothing_had_happened_and_carry_both_versions(vllm_engine, tied):
+    deliver(vllm_engine, tied.model, 0, [1, 2])
     whole = {s.index: s for group in vllm_engine.generate(WANTED, LONG) for s in group}
     groups = in_thread(vllm_engine, WANTED, LONG)
     first = groups.get(timeout=60)
@@ -50,6 +51,7 @@ def test_paused_requests_go_on_as_if_nothing_had_happened_and_carry_both_version
 
 def test_a_new_request_does_not_meet_what_held_ones_computed_with_old_weights(vllm_engine, tied):
     """Of prompts that begin alike for more than a block (128 tokens on a CPU), so that they share one."""
+    deliver(vllm_engine, tied.model, 0, [1, 2])
     prompt, other = [6 + 7 * i % 70 for i in range(150)], tied.perturbed(seed=4)
     wanted = [Request(i, i, [*prompt, 10 + i], 60 + i) for i in range(12)]
     groups = in_thread(vllm_engine, wanted, Sampling(max_response_tokens=100))
