@@ -160,8 +160,8 @@ class CudaIpc(PublishedMemory):
 class ThroughStore:
     """Buckets, one alive at a time where they are packed. A destination's process has one open of each of its `streams`
     (source rank, one of its ranks, dtype), together at most `bucket_bytes`; and takes as many bytes at a time out of
-    them, or one larger storage. A bucket is fetched once where each storage holds one parameter, as engines' do: those
-    are taken in the order of the stream."""
+    them, or one larger storage. A bucket is fetched once where storages are taken in the order of the stream, as
+    a decoder's are; seldom a second time where not."""
 
     bucket_bytes: int
     streams: int = 1
